@@ -1,0 +1,288 @@
+"""Read and write adapter files of every registered format."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from studio.adapters.adapter import Adapter, Change, Format, KindOfChange
+from studio.adapters.container import check_target, write_file
+from studio.adapters.families import family_of, label, naming_family
+from studio.adapters.header import Header, read_header
+from studio.adapters.metadata import describe
+from studio.adapters.names import reference_names
+from studio.adapters.parameters import canonical_names, components_of
+from studio.errors import AdapterError, UsageError
+from studio.registry import FORMATS, KINDS
+
+__all__ = ["detect_format", "load_adapter", "read_header", "save_adapter"]
+
+Names = Mapping[str, tuple[int, ...]]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def load_adapter(path: str | Path, *, base: Any | None = None, name: str | None = None) -> Adapter:
+    """Read an adapter file and check all of it: every tensor must have a place in the base model.
+
+    Args:
+        path: A .safetensors file in any registered format.
+        base: The pipeline it is for. Without one, names are resolved by those of SD 1.5, SD 2.1 and SDXL, and
+            shapes are not compared with anything.
+        name: For messages and weights; by default the file's stem.
+
+    Raises:
+        AdapterError: If the file is damaged, of no known format, incomplete, or made for another base.
+    """
+    path = Path(path)
+    header = read_header(path)
+    form: Format = FORMATS[detect_format(header, path.name)]
+    modules = _modules(form, header, path.name)
+    names = _reference(form, header, modules) if base is None else canonical_names(components_of(base))
+    table = form.table(names)
+    strays = [key for module, parts in modules.items() if module not in table for key in parts.values()]
+    if strays:
+        raise _misfit(
+            path.name, header, None if base is None else names, f"it has no layer for {_listed(strays)}"
+        )
+    kinds = {module: _kind(parts, path.name) for module, parts in modules.items()}
+    changes: dict[str, Change] = {}
+    misfits: list[str] = []
+    for module, parts in _with_alphas(form, header, modules, _tensors(path), path.name).items():
+        for leaf, change in _built(KINDS[kinds[module]], module, parts, path.name).items():
+            parameter = f"{table[module]}.{leaf}"
+            if parameter in changes:
+                raise AdapterError(f"{path.name} changes '{parameter}' under two names. Export it again.")
+            wanted = names.get(parameter, ()) if base is not None else change.shape
+            fitted = change.fitted(wanted)
+            if fitted is None:
+                misfits.append(f"{module} ({_size(change.shape)}, the base has {_size(wanted)})")
+            else:
+                changes[parameter] = fitted
+    if misfits:
+        raise _misfit(path.name, header, names, f"the shapes of {_listed(misfits)} differ")
+    return Adapter(
+        name or path.stem, "+".join(sorted(set(kinds.values()))), changes, metadata=header.metadata
+    )
+
+
+def detect_format(header: Header, file: str) -> str:
+    """Return the name of the registered format of a file with that header.
+
+    Raises:
+        AdapterError: If no format claims it; shows some of its keys.
+    """
+    for name in FORMATS.names():
+        if FORMATS[name].recognises(header.tensors.keys()):
+            return name
+    raise AdapterError(
+        f"{file} is of no known adapter format ({', '.join(FORMATS.names())}): it holds "
+        f"{_listed(list(header.tensors))}. Choose an adapter file, not a whole model or an embedding."
+    )
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: str = "kohya",
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter file whole or not at all, and return its path.
+
+    Args:
+        adapter: What to write. Its metadata goes along; ``ss_base_model_version`` in it decides how layers
+            are named.
+        path: Ends in .safetensors; folders on the way are made.
+        format: A registered format: "kohya" (other tools), "diffusers" (``load_lora_weights``).
+        dtype: Of the tensors: float16, bfloat16 or float32.
+        metadata: Further text entries; they win over the adapter's.
+        overwrite: Replace the file if there is one.
+
+    Raises:
+        UsageError: If the format or dtype is unknown.
+        AdapterError: If the format cannot hold the adapter.
+        OutputError: If the file exists or cannot be written.
+    """
+    path, form = Path(path), FORMATS[format]
+    if dtype not in _DTYPES:
+        raise UsageError(f"adapters are written as float16, bfloat16 or float32, got {dtype}.")
+    check_target(path, overwrite=overwrite)
+    if not adapter.changes:
+        raise AdapterError(
+            f"adapter '{adapter.name}' changes nothing, so there is nothing to write. Train or load it first."
+        )
+    if adapter.tokens:
+        raise AdapterError(
+            f"{format} files cannot hold the new tokens of '{adapter.name}'. Save them as an embedding."
+        )
+    given = dict(metadata or {})
+    if wrong := [key for key, value in {**adapter.metadata, **given}.items() if not isinstance(value, str)]:
+        raise AdapterError(
+            f"metadata must be text, {_listed(wrong)} is not. Convert it, nested values to JSON."
+        )
+    shapes = {name: change.shape for name, change in adapter.changes.items()}
+    family = naming_family(shapes, {**adapter.metadata, **given})
+    try:
+        tensors, alpha = form.write(adapter, family=family)
+    except ValueError as error:
+        raise AdapterError(
+            f"adapter '{adapter.name}' cannot be written in the format '{format}': {error}."
+        ) from None
+    ranks = {rank for change in adapter.changes.values() if (rank := getattr(change, "rank", None))}
+    entries = describe(
+        adapter.metadata, given, title=path.stem, kind=adapter.kind, family=family, ranks=ranks, alpha=alpha
+    )
+    plain = {key: _plain(tensor, dtype, key) for key, tensor in tensors.items()}
+    write_file(path, plain, entries)
+    return path
+
+
+def _modules(form: Format, header: Header, file: str) -> dict[str, dict[str, str]]:
+    """Return the file's keys by module and part."""
+    modules: dict[str, dict[str, str]] = {}
+    strays, twice = [], []
+    for key in header.tensors:
+        place = form.split(key)
+        if place is None:
+            strays.append(key)
+        elif modules.setdefault(place[0], {}).setdefault(place[1], key) != key:
+            twice.append(key)
+    if strays:
+        raise AdapterError(
+            f"{file} holds unexpected tensors: {_listed(strays)}. Export it again as a plain LoRA."
+        )
+    if twice:
+        raise AdapterError(
+            f"{file} holds the same tensor under two spellings: {_listed(twice)}. Export it again."
+        )
+    return modules
+
+
+def _kind(parts: Mapping[str, str], file: str) -> str:
+    """Return the kind of change that a module's tensors make up."""
+    given = set(parts)
+    for name in KINDS:
+        if KINDS[name].required <= given <= KINDS[name].required | KINDS[name].optional:
+            return name
+    known = {name: KINDS[name].required | KINDS[name].optional for name in KINDS}
+    closest = max(known, key=lambda name: len(known[name] & given))
+    shown = _listed([parts[part] for part in sorted(given - known[closest])] or list(parts.values()))
+    if given <= known[closest]:
+        missing = ", ".join(sorted(KINDS[closest].required - given))
+        raise AdapterError(
+            f"{file} is incomplete: beside {shown} it lacks {missing}. Download or export it again."
+        )
+    raise AdapterError(
+        f"{file} holds a kind of change that is not supported: {shown}. Supported: {', '.join(KINDS)}. "
+        "Export it again as one of these."
+    )
+
+
+def _reference(form: Format, header: Header, modules: Collection[str]) -> Names:
+    """Return the names of the first family with a place for every module, beginning with the likeliest."""
+    shapes = {key: shape for key, (_, shape) in header.tensors.items()}
+    likeliest = naming_family(shapes, header.metadata) or "sd1"
+    for family in sorted(("sd1", "sd2", "sdxl"), key=lambda family: family != likeliest):
+        names = reference_names(family)
+        if form.table(names).keys() >= set(modules):
+            return names
+    return reference_names(likeliest)
+
+
+def _misfit(file: str, header: Header, names: Names | None, what: str) -> AdapterError:
+    """Return the error for a file that does not fit a base, saying as far as can be told what it is for."""
+    if names is None:
+        return AdapterError(
+            f"{file} fits neither SD 1.5, SD 2.1 nor SDXL: {what}. Give the base it was made for."
+        )
+    made_for = family_of({key: shape for key, (_, shape) in header.tensors.items()})
+    base = family_of(names)
+    if made_for and made_for != base:
+        wanted = label(made_for)
+        return AdapterError(
+            f"{file} holds {wanted} keys, the base model is {label(base)}. Choose an {wanted} base."
+        )
+    origin = header.metadata.get("ss_sd_model_name") or header.metadata.get("ss_base_model_version")
+    hint = f"; its metadata names {origin[:80]!r}" if origin else ""
+    return AdapterError(f"{file} does not fit the base model: {what}. Choose the base it was made for{hint}.")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            # Copies: the library's tensors are windows into the file, which may change on disk.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"{path.name} cannot be read: {error}. Download or export it again.") from None
+    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        raise AdapterError(
+            f"{path.name} holds NaN or infinite values in {_listed(broken)}. Train or export it again."
+        )
+    return tensors
+
+
+def _with_alphas(
+    form: Format,
+    header: Header,
+    modules: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, Tensor],
+    file: str,
+) -> dict[str, dict[str, Tensor]]:
+    """Return tensors by module and part; alphas that the metadata holds become parts like the others."""
+    grouped = {
+        module: {part: tensors[key] for part, key in parts.items()} for module, parts in modules.items()
+    }
+    downs = {
+        module: parts["lora_down.weight"] for module, parts in grouped.items() if "lora_down.weight" in parts
+    }
+    ranks = {module: down.shape[0] if down.ndim else 0 for module, down in downs.items()}
+    try:
+        alphas = form.alphas(header.metadata, ranks)
+    except ValueError as error:
+        raise AdapterError(
+            f"{file} cannot be used: {error}. Export it again without that metadata."
+        ) from None
+    for module, alpha in alphas.items():
+        grouped[module]["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    return grouped
+
+
+def _built(
+    kind: type[KindOfChange], module: str, parts: Mapping[str, Tensor], file: str
+) -> Mapping[str, KindOfChange]:
+    try:
+        return kind.from_parts(parts)
+    except ValueError as error:
+        raise AdapterError(
+            f"{file} is damaged at '{module}': {error}. Download or export it again."
+        ) from None
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """Return an own contiguous copy as files want it; scalars stay fp32, they cost nothing."""
+    source = tensor.detach().to("cpu")
+    cast = source.to(dtype if source.ndim else torch.float32).contiguous().clone()
+    if not torch.isfinite(cast).all():
+        cause = (
+            "holds NaN or infinite values"
+            if not torch.isfinite(source).all()
+            else f"exceeds the range of {dtype}"
+        )
+        raise AdapterError(
+            f"'{key}' {cause}, so it was not written. Train again, or save as bfloat16 or float32."
+        )
+    return cast
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return ", ".join(items[:8]) + more
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "no such parameter"
