@@ -1,0 +1,44 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from studio.trainers.borrow import borrowed, converted, networks
+
+CPU = torch.device("cpu")
+
+
+def test_a_base_is_lent_frozen_in_one_type_and_returns_with_its_tensors(tiny_sd: Callable[[], Any]) -> None:
+    pipe = tiny_sd().to(torch.float16)
+    pipe.unet.requires_grad_(True).train()
+    pipe.unet.conv_in.weight.grad = torch.ones_like(pipe.unet.conv_in.weight)
+    state = [
+        (p.data_ptr(), p.dtype, p.requires_grad)
+        for part in networks(pipe).values()
+        for p in part.parameters()
+    ]
+    with pytest.raises(RuntimeError, match="inside"), borrowed(pipe, device=CPU, dtype=torch.bfloat16):
+        assert (
+            pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+        )
+        assert not pipe.unet.training and not any(p.requires_grad for p in pipe.unet.parameters())
+        pipe.unet.marked_by_a_library = True
+        raise RuntimeError("inside")
+    found = [
+        (p.data_ptr(), p.dtype, p.requires_grad)
+        for part in networks(pipe).values()
+        for p in part.parameters()
+    ]
+    assert found == state and pipe.unet.training and not hasattr(pipe.unet, "marked_by_a_library")
+    assert pipe.unet.conv_in.weight.grad is not None
+
+
+def test_a_network_is_converted_for_a_block_only(tiny_sd: Callable[[], Any]) -> None:
+    vae = tiny_sd().vae
+    before = [(p.data_ptr(), p.clone()) for p in vae.parameters()]
+    with converted(vae, torch.float16):
+        assert vae.dtype == torch.float16
+    assert all(
+        p.data_ptr() == place and torch.equal(p, value)
+        for p, (place, value) in zip(vae.parameters(), before, strict=True)
+    )

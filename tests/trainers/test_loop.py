@@ -1,0 +1,399 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from studio.trainers.evaluate import evaluate_loss
+from studio.trainers.loop import train
+from torch import Tensor, nn
+
+from studio.adapters.adapter import Adapter
+from studio.adapters.files import load_adapter
+from studio.data.folder import read_folder
+from studio.errors import OutputError, TrainingError, UsageError
+from studio.specs import Event, TrainSpec
+
+Spec = Callable[..., TrainSpec]
+SEED = 3
+"""One whose first timesteps are few enough for min-SNR weights other than 1."""
+
+
+def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (change.down, change.up) for name, change in adapter.changes.items()}  # type: ignore[attr-defined]
+
+
+def same(first: Adapter, second: Adapter, *, tolerance: float = 0.0) -> bool:
+    left, right = factors(first), factors(second)
+    return list(left) == list(right) and all(
+        torch.allclose(a, b, rtol=0, atol=tolerance)
+        for name in left
+        for a, b in zip(left[name], right[name], strict=True)
+    )
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+@contextmanager
+def given_back(pipe: Any) -> Iterator[None]:
+    """Assert that after the block the pipeline is as before: names, objects, storages, values, flags."""
+
+    def state() -> list[Any]:
+        found: list[Any] = []
+        for name, part in networks(pipe).items():
+            found.append(
+                (name, sorted(vars(part)), [(path, type(module)) for path, module in part.named_modules()])
+            )
+            found.append(
+                [
+                    (path, id(p), p.data_ptr(), p.dtype, p.device, p.requires_grad)
+                    for path, p in part.named_parameters()
+                ]
+            )
+            found.append([(path, b.data_ptr(), b.dtype) for path, b in part.named_buffers()])
+            found.append([(m.training, getattr(m, "gradient_checkpointing", None)) for m in part.modules()])
+        return found
+
+    before = state()
+    values = {
+        (name, path): p.detach().clone()
+        for name, part in networks(pipe).items()
+        for path, p in part.named_parameters()
+    }
+    try:
+        yield
+    finally:
+        assert state() == before
+        for name, part in networks(pipe).items():
+            assert all(
+                p.grad is None and torch.equal(p, values[name, path]) for path, p in part.named_parameters()
+            )
+
+
+def test_the_loss_on_fixed_noise_falls(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe, run = tiny_sd(), spec(steps=25, learning_rate=1e-2, rank=8, targets="all", min_snr_gamma=None)
+    pictures = read_folder(run)
+    before = evaluate_loss(pipe, pictures, num=8)
+    with given_back(pipe):
+        adapter = train(pipe, run)
+        after = evaluate_loss(pipe, pictures, adapter, num=8)
+    assert after < 0.9 * before
+    assert evaluate_loss(pipe, pictures, num=8) == before
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe, pictures = tiny_sd(), read_folder(spec())
+    assert evaluate_loss(pipe, pictures, num=5, batch_size=2) == pytest.approx(
+        evaluate_loss(pipe, pictures, num=5, batch_size=5),
+        rel=1e-5,  # sums in another order
+    )
+    assert evaluate_loss(pipe, pictures, num=5, seed=1) != evaluate_loss(pipe, pictures, num=5)
+
+
+def test_the_same_spec_and_seed_give_identical_tensors(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe = tiny_sd()
+    run = spec(dropout=0.2, flip=True, center_crop=False, caption_dropout=0.3, train_text_encoder=True)
+    first = train(pipe, run)
+    torch.manual_seed(99)
+    again = train(pipe, run)
+    assert same(first, again) and first.metadata == again.metadata
+    assert not same(first, train(pipe, spec(**run.model_dump(exclude={"seed", "method"}), seed=1)))
+
+
+def test_the_callers_random_state_is_left_alone(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(tiny_sd(), spec(steps=1, dropout=0.5))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_accumulating_two_equals_a_batch_of_two(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe = tiny_sd()
+    together = train(pipe, spec(steps=3, batch_size=2))
+    accumulated = train(pipe, spec(steps=3, batch_size=1, gradient_accumulation=2))
+    assert same(together, accumulated, tolerance=1e-5)  # AdamW divides by small moments
+    assert not same(together, train(pipe, spec(steps=3, batch_size=1)), tolerance=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_result(
+    tiny_sd: Callable[[], Any], spec: Spec, monkeypatch: Any
+) -> None:
+    pipe, calls = tiny_sd(), []
+    plain = train(pipe, spec(train_text_encoder=True))
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    with given_back(pipe):
+        assert same(
+            plain, train(pipe, spec(train_text_encoder=True, gradient_checkpointing=True)), tolerance=1e-6
+        )
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"targets": "all", "train_text_encoder": True}, {"precision": "bf16"}],
+    ids=["plain", "all-and-text-encoder", "bf16"],
+)
+def test_the_base_comes_back_bit_for_bit(
+    tiny_sd: Callable[[], Any], spec: Spec, values: dict[str, Any]
+) -> None:
+    pipe = tiny_sd()
+    with given_back(pipe):
+        train(pipe, spec(steps=1, **values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_base_trains_on_the_cpu_and_comes_back(
+    tiny_sd: Callable[[], Any], spec: Spec, dtype: torch.dtype
+) -> None:
+    pipe = tiny_sd().to(dtype)
+    with given_back(pipe):
+        adapter = train(pipe, spec())
+    assert all(torch.isfinite(up).all() and up.dtype == torch.float32 for _, up in factors(adapter).values())
+
+
+def test_the_base_comes_back_after_an_exception(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe = tiny_sd().to(torch.float16)
+
+    def fail(event: Event) -> None:
+        if event.kind == "progress":
+            raise RuntimeError("from outside")
+
+    with given_back(pipe), pytest.raises(RuntimeError, match="from outside"):
+        train(pipe, spec(targets="all", train_text_encoder=True, gradient_checkpointing=True), on_event=fail)
+
+
+def test_a_stop_returns_what_is_trained_so_far(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe, events = tiny_sd(), []
+    done = lambda: sum(event.kind == "progress" for event in events) == 2  # noqa: E731
+    with given_back(pipe):
+        adapter = train(pipe, spec(steps=50, schedule="constant"), on_event=events.append, stop=done)
+    assert adapter.metadata["ss_steps"] == "2" and adapter.metadata["ss_max_train_steps"] == "50"
+    assert [event.message for event in events if event.kind == "message"] == ["Stopped after 2 of 50 steps."]
+    assert same(adapter, train(pipe, spec(steps=2, schedule="constant")))
+
+
+def test_events_tell_the_course(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    events: list[Event] = []
+    train(
+        tiny_sd(),
+        spec(steps=3, warmup_steps=2, schedule="linear", train_text_encoder=True),
+        on_event=events.append,
+    )
+    assert [event.kind for event in events] == ["report", "progress", "progress", "progress"]
+    assert "Pictures: 4" in events[0].message and "lora in fp32 on cpu" in events[0].message
+    assert [(event.step, event.total) for event in events[1:]] == [(1, 3), (2, 3), (3, 3)]
+    assert [event.values["learning_rate"] for event in events[1:]] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert events[3].values["text_encoder_learning_rate"] == pytest.approx(5e-4)
+    assert all(event.values["loss"] > 0 and event.values["steps_per_second"] > 0 for event in events[1:])
+    losses = [event.values["loss"] for event in events[1:]]
+    assert events[1].values["loss_smoothed"] == pytest.approx(losses[0])
+    assert min(losses) < events[3].values["loss_smoothed"] < max(losses)
+
+
+def test_adapters_are_saved_on_the_way_and_load_again(
+    tiny_sd: Callable[[], Any], spec: Spec, tmp_path: Path
+) -> None:
+    pipe, events = tiny_sd(), []
+    (tmp_path / "out").mkdir()
+    train(pipe, spec(steps=3, save_every=1), on_event=events.append)
+    saved = [event.path for event in events if event.kind == "saved"]
+    assert saved == [tmp_path / "out" / f"dog-step-00000{step}.safetensors" for step in (1, 2)]
+    adapter = load_adapter(saved[1], base=pipe)
+    assert adapter.metadata["ss_steps"] == "2" and len(adapter.changes) == 88
+    with pytest.raises(OutputError, match=r"dog-step-000001.safetensors exists.*--overwrite"):
+        train(pipe, spec(steps=3, save_every=1))
+    train(pipe, spec(steps=3, save_every=1, overwrite=True))
+
+
+def test_samples_are_drawn_on_the_plain_base_with_the_adapter_so_far(
+    tiny_sd: Callable[[], Any], spec: Spec, tmp_path: Path
+) -> None:
+    pipe, events, calls = tiny_sd(), [], []
+    names = [name for name, _ in pipe.unet.named_modules()]
+
+    def draw(given: Any, adapter: Adapter | None, prompt: str, seed: int) -> Image.Image:
+        assert [name for name, _ in given.unet.named_modules()] == names and not given.unet.training
+        calls.append((adapter and adapter.metadata["ss_steps"], prompt, seed))
+        return Image.new("RGB", (8, 8))
+
+    run = {"steps": 3, "sample_every": 2, "seed": 4}
+    adapter = train(pipe, spec(**run, sample_prompts=("one", "two")), on_event=events.append, sample=draw)
+    assert calls == [(steps, prompt, 4) for steps in (None, "2", "3") for prompt in ("one", "two")]
+    paths = [event.path for event in events if event.kind == "sample"]
+    assert [path.name for path in paths] == [f"00000{step}-{n}.png" for step in (0, 2, 3) for n in (0, 1)]
+    assert all(path.is_file() and path.parent == tmp_path / "out" / "dog-samples" for path in paths)
+    assert same(adapter, train(pipe, spec(steps=3, seed=4))), "drawing samples must not change training"
+    with pytest.raises(TrainingError, match="sample_every is set but there is nothing to draw"):
+        train(pipe, spec(**run))
+
+
+def test_the_samples_default_to_the_training_prompt(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    prompts: list[str] = []
+
+    def draw(pipe: Any, adapter: Adapter | None, prompt: str, seed: int) -> Image.Image:
+        prompts.append(prompt)
+        return Image.new("RGB", (8, 8))
+
+    train(tiny_sd(), spec(steps=1, sample_every=1), sample=draw)
+    assert prompts == ["sks dog", "sks dog"]
+
+
+def test_divergence_stops_with_what_to_lower_and_saves_the_last_good_adapter(
+    tiny_sd: Callable[[], Any], spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio.trainers.step import TrainStep
+
+    pipe, calls, forward = tiny_sd(), [], TrainStep.forward
+
+    def break_down(self: TrainStep, batch: Any) -> Tensor:
+        calls.append(1)
+        return forward(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(TrainStep, "forward", break_down)
+    (tmp_path / "out").mkdir()
+    words = r"the loss is no longer finite at step 3\. Lower .* \(now 0\.001, try 0\.0001\).*step 1 is saved"
+    with given_back(pipe), pytest.raises(TrainingError, match=words):
+        train(pipe, spec(steps=5))
+    rescued = load_adapter(tmp_path / "out" / "dog-last-good-000001.safetensors", base=pipe)
+    assert rescued.metadata["ss_steps"] == "1"
+    monkeypatch.setattr(TrainStep, "forward", forward)
+    good = train(pipe, spec(steps=5), stop=iter([False, True]).__next__)
+    for name, (_, up) in factors(good).items():
+        assert torch.allclose(
+            rescued.changes[name].delta(torch.empty(rescued.changes[name].shape), weight=1.0),
+            good.changes[name].delta(torch.empty(good.changes[name].shape), weight=1.0),
+            atol=1e-5,
+        )  # fp16 file
+        assert up.abs().max() > 0
+
+
+def test_a_first_step_that_breaks_down_has_nothing_to_save(
+    tiny_sd: Callable[[], Any], spec: Spec, tmp_path: Path
+) -> None:
+    pipe = tiny_sd()
+    pipe.unet.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"at step 1\..*Nothing was trained before it"):
+        train(pipe, spec())
+    assert not (tmp_path / "out").exists()
+
+
+def test_sdxl_trains_with_both_text_encoders(tiny_sdxl: Callable[[], Any], spec: Spec) -> None:
+    pipe = tiny_sdxl()
+    with given_back(pipe):
+        adapter = train(pipe, spec(steps=2, train_text_encoder=True, caption_dropout=0.5))
+    moved = {name.split(".")[0] for name, (_, up) in factors(adapter).items() if up.abs().max() > 0}
+    assert moved == {"unet", "text_encoder", "text_encoder_2"}
+    assert adapter.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": 5e-4},
+        {"schedule": "linear"},
+        {"schedule": "constant"},
+        {"warmup_steps": 2},
+        {"weight_decay": 1.0},
+        {"max_grad_norm": 1e-3},
+        {"min_snr_gamma": None},
+        {"min_snr_gamma": 1.0},
+        {"caption_dropout": 1.0},
+        {"flip": True},
+        {"center_crop": False},
+        {"resolution": 48},
+        {"prompt": "a cat"},
+        {"precision": "bf16"},
+        {"steps": 4},
+        {"dropout": 0.5},
+        {"alpha": 1.0},
+    ],
+    ids=str,
+)
+def test_each_field_changes_the_result(
+    shared: Any, spec: Spec, folder: Path, values: dict[str, Any], plain: dict[str, Adapter]
+) -> None:
+    # Pictures that differ when mirrored or cropped elsewhere.
+    for index in range(4):
+        picture = Image.linear_gradient("L").resize((90, 64)).rotate(45 + 90 * index).convert("RGB")
+        picture.save(folder / f"{index}.png")
+    given = {"steps": 3, "seed": SEED}
+    if not plain:
+        plain["adapter"] = train(shared, spec(**given))
+    assert not same(plain["adapter"], train(shared, spec(**given | values)))
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_sd: Callable[[], Any]) -> Any:
+    """Return one base for many runs: each gives it back as it was."""
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Adapter]:
+    """Return a place for the adapter that all variations are compared with."""
+    return {}
+
+
+def test_the_text_encoders_rate_is_its_own(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe, values = tiny_sd(), {"steps": 1, "train_text_encoder": True}
+    half, same_rate = (
+        train(pipe, spec(**values)),
+        train(pipe, spec(**values, text_encoder_learning_rate=1e-3)),
+    )
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    slow, fast = (float(factors(adapter)[name][1].abs().max()) for adapter in (half, same_rate))
+    assert fast == pytest.approx(2 * slow, rel=1e-3)  # Adam's eps
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"precision": "fp16"}, TrainingError, "fp16 cannot train on 'cpu'.*fp32, bf16 or auto"),
+        ({"device": "cuda:7"}, UsageError, "cuda:7"),
+        ({"prompt": "dog " * 80}, UsageError, "the prompt has 242 tokens.*takes 77"),
+    ],
+    ids=["fp16-on-cpu", "no-such-gpu", "long-prompt"],
+)
+def test_requests_that_do_not_fit_are_refused_before_any_work(
+    tiny_sd: Callable[[], Any], spec: Spec, values: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    pipe = tiny_sd()
+    with given_back(pipe), pytest.raises(error, match=words):
+        train(pipe, spec(**values))
+
+
+def test_offloaded_and_inpainting_bases_are_refused(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe = tiny_sd()
+    pipe.unet._hf_hook = object()
+    with pytest.raises(TrainingError, match=r"unet is offloaded.*remove_all_hooks"):
+        train(pipe, spec())
+    pipe = tiny_sd()
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(TrainingError, match="takes 9 channels, its autoencoder gives 4; inpainting"):
+        train(pipe, spec())
+
+
+def test_the_metadata_describes_the_run_without_names_of_people_or_places(
+    tiny_sd: Callable[[], Any], spec: Spec, tmp_path: Path
+) -> None:
+    run = spec(steps=1, seed=7, author="me")
+    metadata = train(tiny_sd(), run).metadata
+    assert all(isinstance(value, str) for value in metadata.values())
+    wanted = {
+        "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_seed": "7", "ss_steps": "1",
+        "ss_unet_lr": "0.001", "ss_text_encoder_lr": "None", "ss_resolution": "(64, 64)",
+        "ss_network_dim": "2", "modelspec.author": "me",
+        "modelspec.prediction_type": "epsilon", "ss_output_name": "dog", "ss_mixed_precision": "no",
+    }  # fmt: skip
+    assert {key: metadata[key] for key in wanted} == wanted
+    assert len(metadata["studio.base"]) == 64 and '"rank": 2' in metadata["studio.spec"]
+    text = " ".join(metadata.values())
+    assert "sks" not in text and str(tmp_path) not in text and "blue wall" not in text
