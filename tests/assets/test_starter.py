@@ -1,0 +1,60 @@
+"""What is shipped: the starter and the evaluator as files, and what the evaluator is worth."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from studio.assets.builder.evaluator import FOLDER, judge, load_evaluator, measure
+from studio.assets.builder.render import render
+from studio.assets.builder.subjects import ALL_STYLES, HELD_OUT_SUBJECTS
+
+STARTER = Path(str(files("studio.assets") / "starter"))
+
+
+@pytest.fixture(scope="module")
+def starter() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(STARTER, torch_dtype=torch.float32)
+
+
+def test_the_starter_weighs_at_most_40_megabytes() -> None:
+    assert sum(path.stat().st_size for path in STARTER.rglob("*") if path.is_file()) <= 40_000_000
+    assert not [path for path in STARTER.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
+
+
+def test_the_starter_is_made_of_stable_diffusion_1_classes(starter: StableDiffusionPipeline) -> None:
+    assert isinstance(starter.unet, UNet2DConditionModel) and isinstance(starter.vae, AutoencoderKL)
+    assert isinstance(starter.text_encoder, CLIPTextModel) and isinstance(starter.tokenizer, CLIPTokenizer)
+    with torch.device("meta"):
+        full = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # SD 1.5's layout is the default
+    assert set(starter.unet.state_dict()) == set(full.state_dict())
+
+
+def test_all_weights_are_finite(starter: StableDiffusionPipeline) -> None:
+    for part in (starter.unet, starter.vae, starter.text_encoder):
+        assert all(bool(value.isfinite().all()) for value in part.state_dict().values())
+
+
+def test_the_evaluator_weighs_at_most_4_megabytes() -> None:
+    assert (FOLDER / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_the_evaluator_is_right_on_98_percent_of_fresh_renders() -> None:
+    shares = measure(load_evaluator(), seed=31337, count=1024)
+    assert min(shares.values()) >= 0.98, shares
+
+
+def test_the_evaluator_facts_are_there() -> None:
+    facts = json.loads((FOLDER / "facts.json").read_text())
+    assert min(facts["accuracy_on_4096_fresh_renders"].values()) >= 0.98
+
+
+@pytest.mark.parametrize("style", ALL_STYLES)
+def test_the_evaluator_names_held_out_subjects_in_every_style(style: str) -> None:
+    verdicts = judge([render(subject.name, style, "yellow") for subject in HELD_OUT_SUBJECTS])
+    assert [verdict.style for verdict in verdicts] == [style] * len(verdicts)
+    assert [verdict.subject for verdict in verdicts] == [subject.name for subject in HELD_OUT_SUBJECTS]
