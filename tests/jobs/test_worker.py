@@ -1,0 +1,174 @@
+"""The worker: real jobs on a tiny base, failures that it outlives, and its ways to leave."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from studio.jobs import Job, JobStore
+from studio.worker import Worker
+from studio.workspace import Workspace, workspace
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def worker(space: Workspace) -> Worker:
+    return Worker(space)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Callable[[], Any]) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def training(space: Workspace, base: Path) -> dict[str, Any]:
+    """Return a training request on two pictures that lie in the workspace."""
+    data = space.uploads / "set"
+    data.mkdir()
+    for index, color in enumerate(("navy", "olive")):
+        Image.new("RGB", (64, 64), color).save(data / f"{index}.png")
+    output = str(space.adapters / "dog.safetensors")
+    return {
+        "base": str(base), "data": str(data), "output": output, "prompt": "a dog",
+        "steps": 3, "batch_size": 1, "rank": 2,
+    }  # fmt: skip
+
+
+def run(worker: Worker, kind: Any, spec: dict[str, Any]) -> Job:
+    number = worker.store.submit(kind, spec)
+    job = worker.store.claim(worker.name)
+    assert job is not None
+    worker.perform(job)
+    return worker.store.get(number)
+
+
+def test_it_trains_and_then_draws_with_the_adapter(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    trained = run(worker, "train", training)
+    assert (trained.state, trained.message) == ("done", "")
+    events = [reported.event for reported in worker.store.events(trained.id)]
+    assert [event.step for event in events if event.kind == "progress"] == [1, 2, 3]
+    assert [str(event.path) for event in events if event.kind == "saved"] == [training["output"]]
+
+    request = {
+        "base": training["base"], "prompt": "a dog", "steps": 2, "count": 2, "seed": 5,
+        "adapters": [{"path": training["output"], "weight": 0.5}], "output": str(space.pictures / "a"),
+    }  # fmt: skip
+    drawn = run(worker, "generate", request)
+    assert (drawn.state, drawn.message) == ("done", "")
+    pictures = [
+        reported.event.path for reported in worker.store.events(drawn.id) if reported.event.kind == "picture"
+    ]
+    assert [path.name for path in pictures if path] == ["0000-5.png", "0001-6.png"]
+    assert all(path and path.is_file() for path in pictures)
+
+
+def test_a_wrong_specification_fails_with_its_problems(worker: Worker, training: dict[str, Any]) -> None:
+    job = run(worker, "train", training | {"steps": 0, "stepz": 3})
+    assert job.state == "failed"
+    assert "steps: Input should be greater than or equal to 1, got 0." in job.message
+    assert "stepz: unknown option. Did you mean 'steps'?" in job.message
+
+
+def test_an_output_outside_the_workspace_is_refused(
+    worker: Worker, training: dict[str, Any], tmp_path: Path
+) -> None:
+    job = run(worker, "train", training | {"output": str(tmp_path / "dog.safetensors")})
+    assert job.state == "failed"
+    assert "outside the workspace" in job.message
+    assert not (tmp_path / "dog.safetensors").exists()
+
+
+def test_a_relative_output_lies_in_the_workspace(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    assert run(worker, "train", training | {"output": "adapters/near.safetensors"}).state == "done"
+    assert (space.adapters / "near.safetensors").is_file()
+
+
+def test_an_unexpected_error_is_one_line_and_its_traceback_a_file(
+    worker: Worker, space: Workspace, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio import api
+
+    def break_down(*_: object, **__: object) -> None:
+        raise RuntimeError("out of patience\nsecond line")
+
+    monkeypatch.setattr(api, "train", break_down)
+    job = run(worker, "train", training)
+    log = space.runs / f"job-{job.id}.log"
+    assert job.state == "failed"
+    assert job.message == f"Unexpected RuntimeError: out of patience. The details are in {log}."
+    assert "break_down" in log.read_text()
+    monkeypatch.undo()
+    assert run(worker, "train", training).state == "done"
+
+
+def when_training(worker: Worker, number: int, act: Callable[[], Any]) -> threading.Thread:
+    """Do something as soon as a job reports its first step."""
+
+    def watch() -> None:
+        while not any(reported.event.kind == "progress" for reported in worker.store.events(number)):
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_cancel_stops_a_training_and_keeps_its_adapter(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    when_training(worker, 1, lambda: worker.store.cancel(1))
+    job = run(worker, "train", training | {"steps": 100_000})
+    assert job.state == "cancelled"
+    assert (space.adapters / "dog.safetensors").is_file()
+
+
+def test_leaving_in_the_middle_interrupts_the_job_so_that_it_can_be_retried(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    when_training(worker, 1, worker.leaving.set)
+    job = run(worker, "train", training | {"steps": 100_000, "overwrite": True})
+    assert job.state == "interrupted"
+    assert "the page was closed" in job.message
+    assert (space.adapters / "dog.safetensors").is_file()
+    assert worker.store.retry(job.id).state == "queued"
+
+
+@pytest.fixture
+def attached(space: Workspace) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-P", "-m", "studio.worker", "--attached", "--home", str(space.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_an_attached_worker_leaves_when_the_page_is_gone(
+    attached: subprocess.Popen[str], space: Workspace
+) -> None:
+    store = JobStore(space.database)
+    number = store.submit("generate", {"prompt": "a fox", "count": 0})
+    deadline = time.monotonic() + 60
+    while store.get(number).active and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert store.get(number).state == "failed", "it serves the queue"
+    assert attached.poll() is None, "a failed job does not end it"
+    assert attached.stdin
+    attached.stdin.close()
+    assert attached.wait(30) == 0

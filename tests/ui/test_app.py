@@ -1,0 +1,220 @@
+"""The page: light, local, and back where it was after it is loaded again."""
+
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from studio.errors import DataError, OutputError, SpecError, UsageError
+from studio.jobs import JobStore
+from studio.ui.app import build, serve
+from studio.ui.follow import Follower
+from studio.ui.generate_tab import GenerateTab
+from studio.ui.pictures import captioned, keep_uploads
+from studio.ui.train_tab import TrainTab
+from studio.workspace import Workspace, workspace
+
+LIGHT = """
+import sys
+from studio.ui.app import build
+page = build(sys.argv[1])
+heavy = [name for name in ("torch", "diffusers", "transformers", "studio.api") if name in sys.modules]
+assert not heavy, heavy
+"""
+SERVE = "from studio.ui.app import serve; serve(port=0, on_ready=lambda url: print(url, flush=True))"
+
+
+def quiet() -> str:
+    return ""
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def train(space: Workspace) -> TrainTab:
+    tab = TrainTab(space, Follower(JobStore(space.database)), quiet)
+    with gr.Blocks():
+        tab.layout()
+    return tab
+
+
+@pytest.fixture
+def generate(space: Workspace) -> GenerateTab:
+    tab = GenerateTab(space, Follower(JobStore(space.database)), quiet)
+    with gr.Blocks():
+        tab.layout()
+    return tab
+
+
+def filled(tab: Any, **changed: Any) -> list[Any]:
+    return [changed.get(field.name, field.component.value) for field in tab.form.fields]
+
+
+def weights(*given: float) -> list[float]:
+    return [*given, *([1.0] * (8 - len(given)))]
+
+
+def test_the_page_is_built_without_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", LIGHT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_tells_nobody_about_itself(tmp_path: Path) -> None:
+    assert build(tmp_path).analytics_enabled is False
+
+
+def test_only_this_machine_is_served(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"host must be one of .* got '0\.0\.0\.0'"):
+        serve("0.0.0.0", home=tmp_path)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "secret.txt").write_text("secret")
+    environment = os.environ | {"STUDIO_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-P", "-c", SERVE]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout
+        yield server.stdout.readline().strip()
+        server.terminate()
+
+
+def test_files_outside_the_workspace_and_the_queue_itself_are_not_served(
+    address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "home" / "adapters" / "dog.txt").write_text("bark")
+
+    def fetch(path: Path) -> int:
+        try:
+            with urllib.request.urlopen(f"{address}gradio_api/file={path}") as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert fetch(tmp_path / "home" / "adapters" / "dog.txt") == 200
+    refused = [tmp_path / "secret.txt", tmp_path / "home" / "jobs.sqlite", Path("/etc/passwd")]
+    assert [fetch(path) for path in refused] == [403, 403, 403]
+
+
+def test_the_training_form_becomes_a_job_in_the_workspace(train: TrainTab, space: Workspace) -> None:
+    folder = space.uploads / "set"
+    folder.mkdir()
+    request = train.request(str(folder), "dog", *filled(train, steps=9))
+    assert request["output"] == str(space.adapters / "dog.safetensors")
+    assert (request["data"], request["steps"]) == (str(folder), 9)
+
+
+def test_a_taken_adapter_name_gets_a_number(train: TrainTab, space: Workspace) -> None:
+    request = train.request(str(space.uploads), "dog", *filled(train))
+    train.follower.store.submit("train", request)
+    (space.adapters / "dog-2.safetensors").write_bytes(b"")
+    again = train.request(str(space.uploads), "dog", *filled(train))
+    assert again["output"] == str(space.adapters / "dog-3.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../dog", "a/b", "", "/etc/x", "..", "a\\b"])
+def test_an_adapter_name_cannot_lead_out_of_its_folder(train: TrainTab, space: Workspace, name: str) -> None:
+    with pytest.raises(UsageError, match="name of the adapter"):
+        train.request(str(space.uploads), name, *filled(train))
+
+
+def test_training_refuses_pictures_from_outside_and_none_at_all(train: TrainTab, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="outside the workspace"):
+        train.request(str(tmp_path), "dog", *filled(train))
+    with pytest.raises(DataError, match="Drop some first"):
+        train.request(None, "dog", *filled(train))
+
+
+def test_wrong_options_are_refused_before_anything_is_queued(train: TrainTab, space: Workspace) -> None:
+    with pytest.raises(SpecError, match="steps: Input should be greater than or equal to 1"):
+        train.request(str(space.uploads), "dog", *filled(train, steps=0))
+
+
+def test_a_page_loaded_again_shows_the_newest_training(train: TrainTab, space: Workspace) -> None:
+    folder = space.uploads / "set"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    train.follower.store.submit(
+        "train", train.request(str(folder), "dog", *filled(train, prompt="a sks dog"))
+    )
+    shown = dict(zip([id(output) for output in train.restored], train.restore(), strict=True))
+    prompt = next(field.component for field in train.form.fields if field.name == "prompt")
+    assert shown[id(train.folder)] == str(folder)
+    assert shown[id(train.gallery)] == [(str(folder / "a.png"), "")]
+    assert shown[id(train.name)] == "dog"
+    assert shown[id(prompt)]["value"] == "a sks dog"
+    assert 'data-state="queued"' in shown[id(train.panel.parts["status"].component)]
+
+
+def test_a_part_is_sent_again_only_when_it_changed(train: TrainTab, space: Workspace) -> None:
+    store = train.follower.store
+    store.submit("train", train.request(str(space.uploads), "dog", *filled(train)))
+    marks, *_ = train.panel.refresh({})
+    _, *same = train.panel.refresh(marks)
+    assert all(update == gr.skip() for update in same)
+    store.cancel(1)
+    _, *changed = train.panel.refresh(marks)
+    names = [name for name, update in zip(train.panel.parts, changed, strict=True) if update != gr.skip()]
+    assert names == ["stop", "again", "status"]
+
+
+def test_new_adapters_appear_in_the_list_by_themselves(generate: GenerateTab, space: Workspace) -> None:
+    marks, *_ = generate.panel.refresh({})
+    (space.adapters / "dog.safetensors").write_bytes(b"")
+    _, *updates = generate.panel.refresh(marks)
+    offered = dict(zip(generate.panel.parts, updates, strict=True))["adapters"]
+    assert offered["choices"] == ["dog.safetensors"]
+
+
+def test_adapters_and_weights_reach_the_specification(generate: GenerateTab, space: Workspace) -> None:
+    for name in ("a", "b"):
+        (space.adapters / f"{name}.safetensors").write_bytes(b"")
+    chosen = ["b.safetensors", "a.safetensors"]
+    request = generate.request(chosen, *weights(0.5, -0.25), *filled(generate))
+    assert request["adapters"] == [
+        {"path": str(space.adapters / "b.safetensors"), "weight": 0.5},
+        {"path": str(space.adapters / "a.safetensors"), "weight": -0.25},
+    ]
+    assert Path(request["output"]).parent == space.pictures
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../../secret.safetensors"])
+def test_an_adapter_that_is_not_in_the_workspace_is_refused(generate: GenerateTab, name: str) -> None:
+    with pytest.raises((UsageError, OutputError), match=r"there is no|outside the workspace"):
+        generate.request([name], *weights(), *filled(generate))
+
+
+def test_an_adapter_keeps_its_weight_when_another_is_taken_off(generate: GenerateTab) -> None:
+    names, first, second, *_ = generate._choose(["b"], ["a", "b"], *weights(0.2, 0.7))
+    assert names == ["b"]
+    assert (first["value"], first["visible"], second["visible"]) == (0.7, True, False)
+
+
+def test_dropped_files_are_copied_into_a_set_of_their_own(space: Workspace, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a sks dog\n")
+    first = keep_uploads(space, [tmp_path / "a.png", tmp_path / "a.txt"])
+    second = keep_uploads(space, [tmp_path / "a.png"])
+    assert first != second and first.parent == second.parent == space.uploads
+    assert captioned(first) == [(str(first / "a.png"), "a sks dog")]
+
+
+def test_dropped_files_that_clash_or_show_nothing_are_refused(space: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"two files are named a\.png"):
+        keep_uploads(space, [tmp_path / "x" / "a.png", tmp_path / "y" / "a.png"])
+    with pytest.raises(DataError, match="none of 1 files is a picture"):
+        keep_uploads(space, [tmp_path / "notes.txt"])

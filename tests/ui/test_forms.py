@@ -1,0 +1,109 @@
+"""Forms follow the specifications."""
+
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from studio.errors import SpecError
+from studio.specs import GenerateSpec, TrainSpec, parse_spec
+from studio.ui.forms import Form, label
+
+
+def whole_form(spec_type: Any, **start: Any) -> Form:
+    form = Form(spec_type, start)
+    with gr.Blocks():
+        form.add("method")
+        form.add_options()
+        form.add_rest(leave_out=[])
+        form.follow_method()
+    return form
+
+
+def values(form: Form, **changed: Any) -> list[Any]:
+    return [changed.get(field.name, field.component.value) for field in form.fields]
+
+
+REQUIRED: dict[Any, dict[str, str]] = {
+    TrainSpec: {"data": "pictures", "output": "dog.safetensors"},
+    GenerateSpec: {"prompt": "a dog"},
+}
+
+
+@pytest.mark.parametrize("spec_type", [TrainSpec, GenerateSpec])
+def test_every_field_has_a_component_with_its_description(spec_type: Any) -> None:
+    form = whole_form(spec_type)
+    shown = {field.name: field.component for field in form.fields if field.method is None}
+    assert set(spec_type.model_fields) - set(shown) <= {"options", "adapters"}
+    for name, component in shown.items():
+        assert component.info == spec_type.model_fields[name].description
+
+
+@pytest.mark.parametrize("spec_type", [TrainSpec, GenerateSpec])
+def test_an_untouched_form_is_the_specification_with_its_defaults(spec_type: Any) -> None:
+    form = whole_form(spec_type)
+    required = REQUIRED[spec_type]
+    assert parse_spec(spec_type, form.read(values(form, **required))) == parse_spec(spec_type, required)
+
+
+@pytest.mark.parametrize("spec_type", [TrainSpec, GenerateSpec])
+def test_every_method_of_the_registry_can_be_chosen_with_its_own_options(spec_type: Any) -> None:
+    form = whole_form(spec_type)
+    for method in spec_type.registry.names():
+        request = form.read(values(form, method=method, **REQUIRED[spec_type]))
+        options = spec_type.registry[method].Options.model_fields
+        assert set(options) <= set(request)
+        assert parse_spec(spec_type, request).method == method
+
+
+def test_what_the_user_changes_reaches_the_specification() -> None:
+    form = whole_form(TrainSpec)
+    changed: dict[str, Any] = {
+        **REQUIRED[TrainSpec], "steps": 7, "learning_rate": 5e-4, "rank": 3, "flip": True,
+        "schedule": "linear", "resolution": "128", "sample_prompts": "a dog\n\n a cat ", "min_snr_gamma": "",
+    }  # fmt: skip
+    spec = parse_spec(TrainSpec, form.read(values(form, **changed)))
+    assert (spec.steps, spec.learning_rate, spec.flip, spec.schedule) == (7, 5e-4, True, "linear")
+    assert (spec.resolution, spec.sample_prompts, spec.min_snr_gamma) == (128, ("a dog", "a cat"), None)
+    assert spec.options.rank == 3  # type: ignore[attr-defined]
+
+
+def test_wrong_values_are_reported_by_the_specification_not_corrected() -> None:
+    form = whole_form(TrainSpec)
+    request = form.read(values(form, **REQUIRED[TrainSpec], steps=2.5, rank=0, resolution="big"))
+    with pytest.raises(SpecError) as caught:
+        parse_spec(TrainSpec, request)
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {"steps", "resolution", "rank"}
+
+
+def test_a_required_field_left_empty_is_said_to_be_required() -> None:
+    form = whole_form(GenerateSpec)
+    with pytest.raises(SpecError, match="prompt: is required"):
+        parse_spec(GenerateSpec, form.read(values(form, prompt="")))
+
+
+def test_writing_a_request_and_reading_it_back_gives_the_same() -> None:
+    form = whole_form(TrainSpec)
+    request = {
+        **REQUIRED[TrainSpec], "method": "lora", "rank": 5, "resolution": 256, "min_snr_gamma": None,
+        "seed": 4, "sample_prompts": ["a", "b"],
+    }  # fmt: skip
+    shown = [
+        update.get("value", field.component.value)
+        for field, update in zip(form.fields, form.write(request), strict=True)
+    ]
+    assert parse_spec(TrainSpec, form.read(shown)) == parse_spec(TrainSpec, request)
+
+
+def test_start_values_stand_in_the_form_when_it_opens() -> None:
+    form = whole_form(TrainSpec, steps=123, rank=2, prompt="a dog")
+    request = form.read(values(form, **REQUIRED[TrainSpec]))
+    assert (request["steps"], request["rank"], request["prompt"]) == (123, 2, "a dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("min_snr_gamma", "Min SNR gamma"), ("steps", "Steps"), ("max_grad_norm", "Max gradient norm")],
+)
+def test_labels_are_words(name: str, written: str) -> None:
+    assert label(name) == written

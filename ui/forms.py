@@ -1,0 +1,212 @@
+"""Form fields made from the specifications: type, default, label and text come from the pydantic fields.
+
+A field added to a specification, or an option of a new method, appears in the page without a line of its own.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from pydantic import BaseModel
+
+from studio.registry import FORMATS
+from studio.specs import MethodSpec
+
+Values = dict[str, Any]
+
+_WORDS = {"snr": "SNR", "unet": "UNet", "grad": "gradient", "num": "number of"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field on the page.
+
+    Attributes:
+        name: The specification's name for it.
+        method: The method whose option it is; None for a field of the specification itself.
+        nullable: Whether an empty field means "none".
+        lines: Whether its value is a list written one entry per line.
+        component: What shows it.
+    """
+
+    name: str
+    method: str | None
+    nullable: bool
+    lines: bool
+    component: Any
+
+    def read(self, value: Any) -> Any:
+        """Return the specification's value for what stands in the component."""
+        if self.lines:
+            return [line.strip() for line in (value or "").splitlines() if line.strip()]
+        return None if self.nullable and value == "" else value
+
+    def write(self, value: Any) -> Any:
+        """Return what the component shows for a value of the specification."""
+        if self.lines:
+            return "\n".join(map(str, value or ()))
+        return ("" if value is None else str(value)) if self.nullable else value
+
+
+class Form:
+    """The fields of one specification and of all its methods' options.
+
+    Args:
+        spec_type: The specification.
+        start: Values that differ from the defaults when the page opens.
+    """
+
+    def __init__(self, spec_type: type[MethodSpec], start: Mapping[str, Any]) -> None:
+        self.spec_type = spec_type
+        self.start = start
+        self.fields: list[Field] = []
+        self._groups: dict[str, list[Any]] = {}
+
+    @property
+    def components(self) -> list[Any]:
+        """All components in the order in which ``read`` and ``write`` take their values."""
+        return [field.component for field in self.fields]
+
+    def add(self, name: str, **looks: Any) -> Any:
+        """Place one field of the specification here; ``looks`` goes to its component."""
+        return self._place(self.spec_type, name, None, looks)
+
+    def add_rest(self, *, leave_out: Iterable[str]) -> None:
+        """Place every field of the specification that has no place yet here, apart from some."""
+        placed = {field.name for field in self.fields if field.method is None} | {*leave_out, "options"}
+        for name in self.spec_type.model_fields:
+            if name not in placed and _schema(self.spec_type, name):
+                self.add(name)
+
+    def add_options(
+        self,
+        only: Sequence[str] | None = None,
+        *,
+        container: Callable[..., Any] = gr.Row,
+        min_width: int = 170,
+        **looks: Any,
+    ) -> None:
+        """Place the options of each method here, those of the chosen one visible.
+
+        Args:
+            only: Names to place; default: all that have no place yet.
+            container: What holds the options of one method.
+            min_width: Pixels of a field; ``looks`` goes to its component.
+        """
+        chosen = self.start.get("method", self.spec_type.model_fields["method"].default)
+        for method in self.spec_type.registry.names():
+            options = self.spec_type.registry[method].Options
+            placed = {field.name for field in self.fields if field.method == method}
+            names = [name for name in (only or options.model_fields) if name in options.model_fields]
+            names = [name for name in names if name not in placed and _schema(options, name)]
+            if not names:
+                continue
+            with container(
+                visible=method == chosen,
+                elem_classes="fields",
+                **({"min_width": min_width} if container is gr.Column else {}),
+            ) as group:
+                for name in names:
+                    self._place(options, name, method, {"min_width": min_width} | looks)
+            self._groups.setdefault(method, []).append(group)
+
+    def follow_method(self) -> None:
+        """Show the options of the method that is chosen; call once, after all fields have their place."""
+        method = next(field.component for field in self.fields if field.name == "method")
+        groups = [(name, group) for name, groups in self._groups.items() for group in groups]
+        if groups:
+            method.change(
+                lambda chosen: _one_or_all([gr.update(visible=name == chosen) for name, _ in groups]),
+                inputs=method,
+                outputs=[group for _, group in groups],
+                show_progress="hidden",
+                api_visibility="private",
+            )
+
+    def read(self, values: Sequence[Any]) -> Values:
+        """Return the request: the specification's fields and the options of the chosen method."""
+        pairs = list(zip(self.fields, values, strict=True))
+        method = next((value for field, value in pairs if field.name == "method"), None)
+        wanted = [(field, value) for field, value in pairs if field.method in (None, method)]
+        request = {field.name: field.read(value) for field, value in wanted}
+        required = [name for name, field in self.spec_type.model_fields.items() if field.is_required()]
+        return {
+            name: value for name, value in request.items() if not (name in required and value in ("", None))
+        }
+
+    def write(self, request: Mapping[str, Any]) -> list[Any]:
+        """Return what the components show for a request; fields it does not name stay as they are."""
+        given = dict(request.get("options") or {}) | dict(request)
+        method = given.get("method", self.spec_type.model_fields["method"].default)
+        return [
+            gr.update(value=field.write(given[field.name]))
+            if field.name in given and field.method in (None, method)
+            else gr.skip()
+            for field in self.fields
+        ]
+
+    def _place(self, model: type[BaseModel], name: str, method: str | None, looks: Mapping[str, Any]) -> Any:
+        schema = _schema(model, name) or {}
+        shown = dict(schema, default=self.start.get(name, schema.get("default")))
+        lines = schema.get("type") == "array"
+        component = _component(name, shown, _choices(self.spec_type, name), looks)
+        self.fields.append(Field(name, method, bool(schema.get("nullable")), lines, component))
+        return component
+
+
+def label(name: str) -> str:
+    """Return a field's name as a person writes it: ``min_snr_gamma`` becomes "Min SNR gamma"."""
+    words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    return words[:1].upper() + words[1:]
+
+
+def _schema(model: type[BaseModel], name: str) -> Values | None:
+    """Return a field's JSON schema with ``nullable`` resolved, or None if no component can show it."""
+    raw: Values = model.model_json_schema()["properties"][name]
+    branches = [branch for branch in raw.get("anyOf", ()) if branch.get("type") != "null"]
+    schema = (
+        raw | (branches[0] if branches else {}) | {"nullable": len(branches) != len(raw.get("anyOf", ()))}
+    )
+    simple = schema.get("type") in ("string", "integer", "number", "boolean") or "enum" in schema
+    lines = schema.get("type") == "array" and schema.get("items", {}).get("type") == "string"
+    return schema if simple or lines else None
+
+
+def _choices(spec_type: type[MethodSpec], name: str) -> tuple[list[str], bool] | None:
+    """Return the names that a field of text offers and whether others may be written, or None."""
+    named = {
+        "method": (spec_type.registry.names, False),
+        "format": (FORMATS.names, False),
+        "base": (lambda: ["starter"], True),
+        "device": (lambda: ["auto", "cpu", "cuda", "mps"], True),
+    }
+    if name not in named:
+        return None
+    names, open_end = named[name]
+    return names(), open_end
+
+
+def _component(
+    name: str, schema: Values, choices: tuple[list[str], bool] | None, looks: Mapping[str, Any]
+) -> Any:
+    value = schema.get("default")
+    common: Values = {"label": label(name), "info": schema.get("description"), "min_width": 170} | dict(looks)
+    if choices or "enum" in schema:
+        names, open_end = choices or (schema["enum"], False)
+        return gr.Dropdown(names, value=value, allow_custom_value=open_end, **common)
+    if schema["type"] == "boolean":
+        return gr.Checkbox(value=value, **common)
+    if schema["type"] in ("integer", "number") and not schema["nullable"]:
+        # The browser's arrows step by this; any number may be typed, and the specification judges it.
+        fine = 1 if schema["type"] == "integer" else 0.0001 if float(value or 0) < 0.1 else 0.1
+        return gr.Number(value=value, step=fine, **common)
+    if schema["type"] == "array":
+        return gr.Textbox(value="\n".join(value or ()), lines=2, placeholder="one per line", **common)
+    # A number that may be left out is a line of text, because a number field cannot be empty.
+    return gr.Textbox(value="" if value is None else str(value), **common)
+
+
+def _one_or_all(updates: list[Any]) -> Any:
+    """Return updates as Gradio wants them: a single output takes no list."""
+    return updates[0] if len(updates) == 1 else updates

@@ -1,0 +1,224 @@
+"""The tab that draws pictures with adapters."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from studio.errors import StudioError, UsageError
+from studio.png import read_spec
+from studio.specs import GenerateSpec, parse_spec
+from studio.ui.follow import Follower, Story, notice
+from studio.ui.forms import Form, Values
+from studio.ui.panel import Panel
+from studio.ui.pictures import unique
+from studio.workspace import Workspace
+
+START: Values = {"prompt": "a photo of a fox on a blue background", "count": 4}
+IDLE = '<div class="idle">Press <b>Generate</b> to draw the prompt on the left.</div>'
+MAX_ADAPTERS = 8
+
+
+class GenerateTab:
+    """Form on the left, pictures on the right.
+
+    Args:
+        space: Where adapters and pictures lie.
+        follower: Reads the jobs.
+        trouble: Returns why the worker does nothing at the moment.
+    """
+
+    def __init__(self, space: Workspace, follower: Follower, trouble: Callable[[], str]) -> None:
+        self.space, self.follower = space, follower
+        self.form = Form(GenerateSpec, START)
+        self.panel = Panel("generate", follower, trouble, idle=IDLE)
+
+    def layout(self) -> None:
+        """Place all components."""
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=360):
+                self._fields()
+            with gr.Column(scale=6, min_width=360):
+                self.panel.buttons("Generate")
+                self.panel.state()
+                self.panel.pictures("Pictures", columns=4)
+                self.drop = gr.File(
+                    label="Drop a picture made here to restore its settings (.png)",
+                    file_types=[".png"],
+                    height=140,
+                    elem_id="generate-drop",
+                )
+                self.panel.report("Messages")
+        self.form.follow_method()
+
+    def wire(self, timer: gr.Timer) -> None:
+        """Connect components with what they do."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        self.panel.wire(timer, self.request, [self.chosen, *self.sliders, *self.form.components])
+        self.chosen.input(
+            self._choose,
+            inputs=[self.chosen, self.named, *self.sliders],
+            outputs=[self.named, *self.sliders],
+            **quiet,
+        )
+        self.add.upload(
+            self._keep_adapter, inputs=self.add, outputs=[self.chosen, self.panel.message], **quiet
+        )
+        self.drop.upload(
+            self._restore_picture,
+            inputs=self.drop,
+            outputs=[self.panel.message, *self.request_outputs],
+            **quiet,
+        )
+
+    def request(self, chosen: list[str] | None, *values: Any) -> Values:
+        """Return the specification to queue.
+
+        Raises:
+            SpecError: Lists every problem of the form.
+            AdapterError: If an adapter's file is gone.
+        """
+        names = chosen or []
+        weights, fields = values[:MAX_ADAPTERS], values[MAX_ADAPTERS:]
+        request = self.form.read(fields)
+        request["adapters"] = [
+            {"path": str(self._adapter_path(name)), "weight": weight}
+            for name, weight in zip(names, weights, strict=False)
+        ]
+        request["output"] = str(self.space.inside(self.space.pictures / unique("pictures")))
+        # The folder is this job's own; a retry finds there what the first attempt drew.
+        request["overwrite"] = True
+        parse_spec(GenerateSpec, request)
+        return request
+
+    @property
+    def request_outputs(self) -> list[Any]:
+        """What ``show`` returns updates for."""
+        return [self.chosen, self.named, *self.sliders, *self.form.components]
+
+    def show(self, request: Values) -> list[Any]:
+        """Return the form filled with a request; adapters outside the workspace are left out."""
+        uses = {self._name(use["path"]): float(use["weight"]) for use in request.get("adapters", ())}
+        names = [name for name in uses if name in self.adapter_names()][:MAX_ADAPTERS]
+        chosen = gr.update(value=names, choices=self.adapter_names())
+        return [chosen, names, *_slider_updates(names, uses), *self.form.write(request)]
+
+    def use(self, adapter: Path, prompt: str | None, base: str) -> list[Any]:
+        """Return the form set to draw with a trained adapter."""
+        request: Values = {"adapters": [{"path": str(adapter), "weight": 1.0}], "base": base}
+        return self.show(request | ({"prompt": prompt} if prompt else {}))
+
+    @property
+    def restored(self) -> list[Any]:
+        """What ``restore`` returns updates for."""
+        return [*self.request_outputs, *self.panel.outputs]
+
+    def restore(self) -> list[Any]:
+        """Return everything as the newest job left it, for a page that was just loaded."""
+        story = self.follower.latest("generate")
+        request = story.job.spec if story else {}
+        return [*self.show(request), *self.panel.refresh({})]
+
+    def adapter_names(self) -> list[str]:
+        """Return the workspace's adapters, the newest first, by their path below its folder of adapters."""
+        files = [path for path in self.space.adapters.rglob("*.safetensors") if path.is_file()]
+        files.sort(key=lambda path: (-path.stat().st_mtime, path.name))
+        return [path.relative_to(self.space.adapters).as_posix() for path in files]
+
+    def _fields(self) -> None:
+        form = self.form
+        form.add("prompt", elem_id="generate-prompt", lines=2)
+        form.add("negative_prompt", info=None, placeholder="What to steer away from")
+        with gr.Row(elem_classes="adapters"):
+            self.chosen = gr.Dropdown(
+                self.adapter_names(),
+                value=[],
+                multiselect=True,
+                max_choices=MAX_ADAPTERS,
+                label="Adapters",
+                info="What you train appears here by itself.",
+                elem_id="generate-adapters",
+                scale=4,
+            )
+            self.add = gr.UploadButton(
+                "Add a file", file_types=[".safetensors"], scale=1, min_width=100, size="sm"
+            )
+        self.named = gr.State([])
+        with gr.Row(elem_classes=["fields", "sliders"]):
+            self.sliders = [
+                gr.Slider(
+                    -2, 2, value=1.0, step=0.05, visible=False, min_width=220, label=f"Weight {number + 1}"
+                )
+                for number in range(MAX_ADAPTERS)
+            ]
+        self.panel.follow(
+            "adapters", self.chosen, self._offer, lambda _: gr.update(choices=self.adapter_names())
+        )
+        with gr.Row(elem_classes="fields"):
+            form.add("base", info=None, elem_id="generate-base", scale=2)
+            form.add("method", info=None)
+        form.add_options()
+        with gr.Row(elem_classes="fields"):
+            form.add("seed", elem_id="generate-seed", info=None, min_width=100)
+            form.add("count", elem_id="generate-count", info=None, min_width=100)
+            form.add("steps", elem_id="generate-steps", info=None, min_width=100)
+            form.add("guidance_scale", info=None, min_width=100)
+        with gr.Row(elem_classes="fields"):
+            form.add("width", placeholder="automatic", info=None)
+            form.add("height", placeholder="automatic", info=None)
+            form.add("scheduler", info=None)
+        with gr.Accordion("More options", open=False), gr.Row(elem_classes="fields"):
+            form.add_rest(leave_out=["adapters", "output", "overwrite"])
+
+    def _offer(self, _: Story | None) -> tuple[str, ...]:
+        return tuple(self.adapter_names())
+
+    def _choose(self, chosen: list[str] | None, before: list[str], *weights: float) -> list[Any]:
+        """Show one slider per chosen adapter; those chosen before keep their weight."""
+        names = chosen or []
+        return [names, *_slider_updates(names, dict(zip(before, weights, strict=False)))]
+
+    def _keep_adapter(self, uploaded: str) -> tuple[Any, str]:
+        target = self.space.inside(self.space.adapters / Path(uploaded).name)
+        if target.exists():
+            return gr.skip(), notice(f"'{target.name}' exists among the adapters. Rename the file.")
+        shutil.copyfile(uploaded, target)
+        return gr.update(choices=self.adapter_names()), notice(f"Added {target.name}.", bad=False)
+
+    def _restore_picture(self, uploaded: str) -> list[Any]:
+        try:
+            spec = read_spec(uploaded)
+        except StudioError as error:
+            return [notice(" · ".join(str(error).splitlines())), *(gr.skip() for _ in self.request_outputs)]
+        request = {name: getattr(spec, name) for name in spec.model_fields_set} | spec.options.model_dump()
+        request["adapters"] = [use.model_dump() for use in spec.adapters]
+        missing = [str(use.path) for use in spec.adapters if self._name(use.path) not in self.adapter_names()]
+        message = f"Settings of {Path(uploaded).name} restored."
+        if missing:
+            message += f" Not in this workspace, add them: {', '.join(missing)}."
+        return [notice(message, bad=bool(missing)), *self.show(request)]
+
+    def _adapter_path(self, name: str) -> Path:
+        path = self.space.inside(self.space.adapters / name)
+        if not path.is_file():
+            raise UsageError(
+                f"adapters: there is no '{name}' in {self.space.adapters} any more. Take it off the list."
+            )
+        return path
+
+    def _name(self, path: str | Path) -> str:
+        """Return an adapter's name on the list; a file that lies elsewhere keeps its path."""
+        full = Path(path)
+        inside = full.is_relative_to(self.space.adapters)
+        return full.relative_to(self.space.adapters).as_posix() if inside else str(path)
+
+
+def _slider_updates(names: Sequence[str], weights: dict[str, float]) -> list[Any]:
+    return [
+        gr.update(visible=True, label=f"Weight of {names[index]}", value=weights.get(names[index], 1.0))
+        if index < len(names)
+        else gr.update(visible=False)
+        for index in range(MAX_ADAPTERS)
+    ]
