@@ -1,0 +1,127 @@
+"""Whether a pipeline can be composed on and adapters and weights fit it, before anything is touched."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Lock
+from typing import Any, cast
+from weakref import WeakSet
+
+from torch import nn
+
+from studio.adapters.adapter import Adapter, Change, KindOfChange
+from studio.errors import AdapterError, CompositionError, UsageError
+from studio.registry import nearest
+
+_SHOWN = 4
+_claimed: WeakSet[Any] = WeakSet()
+_lock = Lock()
+
+
+@contextmanager
+def claim(parts: Sequence[Any]) -> Iterator[None]:
+    """Hold modules and a scheduler for one composition.
+
+    Raises:
+        CompositionError: If another composition holds one of them.
+    """
+    with _lock:
+        taken = [part for part in parts if part in _claimed]
+        if taken:
+            raise CompositionError(
+                f"this pipeline's {type(taken[0]).__name__} is in another composition. Leave that 'with' "
+                "block first, or give all adapters to one compose(); a second pipeline needs a denoiser and "
+                "a scheduler of its own."
+            )
+        _claimed.update(parts)
+    try:
+        yield
+    finally:
+        with _lock:
+            _claimed.difference_update(parts)
+
+
+def check_pipeline(components: Mapping[str, nn.Module]) -> None:
+    """Raise CompositionError if weights of the components are not plainly there to be changed."""
+    if "unet" not in components:
+        raise CompositionError("the pipeline has no 'unet'. Choose an SD 1.x, SD 2.x or SDXL base.")
+    for name, component in components.items():
+        # Unloading by deletion alone leaves peft's layers in place, so the layers are looked for, not their
+        # list.
+        if any(hasattr(module, "base_layer") for module in component.modules()):
+            raise CompositionError(
+                f"{name} has live peft layers. Call pipe.unload_lora_weights() before compose()."
+            )
+        if any(parameter.is_meta for parameter in component.parameters()):
+            raise CompositionError(
+                f"the weights of {name} are offloaded layer by layer, so they cannot be merged. Use "
+                "pipe.enable_model_cpu_offload() instead of sequential or group offload."
+            )
+    processors = getattr(components["unet"], "attn_processors", {})
+    if any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
+        raise CompositionError(
+            "unet computes query, key and value from fused weights. Call pipe.unfuse_qkv_projections() "
+            "before compose()."
+        )
+
+
+def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return a weight for every adapter, in their order; 1 where not given.
+
+    Raises:
+        UsageError: If a weight names no adapter or is not a finite number.
+    """
+    for name, weight in weights.items():
+        if name not in adapters:
+            known = ", ".join(adapters) or "none"
+            raise UsageError(
+                f"weights: unknown adapter '{name}'.{nearest(name, list(adapters))} Known: {known}."
+            )
+        if not math.isfinite(weight):
+            raise UsageError(f"weights: '{name}' must be a finite number, got {weight}.")
+    return {name: float(weights.get(name, 1.0)) for name in adapters}
+
+
+def fit_adapters(
+    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Adapter]:
+    """Return the adapters for a base whose parameters have these shapes by canonical name.
+
+    A linear layer and a 1x1 convolution stand for each other, as in files of other tools.
+
+    Raises:
+        AdapterError: If an adapter changes what the base does not have, or in another shape.
+        CompositionError: If an adapter brings tokens.
+    """
+    for name, adapter in adapters.items():
+        if adapter.tokens:
+            raise CompositionError(
+                f"'{name}' brings new tokens ({', '.join(adapter.tokens)}), which compose() does not add to "
+                "the tokenizer. Load them by pipe.load_textual_inversion() and compose the adapter without "
+                "them."
+            )
+    return {name: _fitted(name, adapter, shapes) for name, adapter in adapters.items()}
+
+
+def _fitted(name: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    problems: list[str] = []
+    changes: dict[str, Change] = {}
+    for parameter, change in adapter.changes.items():
+        if parameter not in shapes:
+            problems.append(f"the base has no '{parameter}'")
+            continue
+        wanted, got = tuple(shapes[parameter]), tuple(change.shape)
+        fitted = change if got == wanted else cast(KindOfChange, change).fitted(wanted)
+        if fitted is None:
+            texts = (" x ".join(map(str, shape)) for shape in (wanted, got))
+            problems.append(f"'{parameter}' is {next(texts)} in the base and {next(texts)} in the adapter")
+        else:
+            changes[parameter] = fitted
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise AdapterError(
+            f"'{name}' does not fit the base model ({len(problems)} of {len(adapter.changes)} changes): "
+            f"{'; '.join(problems[:_SHOWN])}{more}. Choose the base that it was trained on."
+        )
+    return replace(adapter, changes=changes)

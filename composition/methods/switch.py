@@ -1,0 +1,136 @@
+"""Switch: one adapter at a time, taking turns along the denoising steps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from studio.composition.plan import BaseInfo, Branch, Plan, Request, Step
+from studio.errors import CompositionError
+from studio.registry import COMPOSERS, nearest
+from studio.specs import Options
+
+if TYPE_CHECKING:
+    from studio.adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class SwitchPlan(Plan):
+    """Turns of ``period`` steps in the order of ``adapters``, over and over."""
+
+    weights: Mapping[str, float]
+    period: int
+
+    def active(self, index: int) -> str:
+        """Return the adapter that acts at the step of that index (from 0).
+
+        ``i(t) = floor(((t - 1) mod (k tau)) / tau) + 1`` for t and i counted from 1, arXiv:2402.16843, Sec.
+        3.1.
+        """
+        return self.adapters[index % (len(self.adapters) * self.period) // self.period]
+
+    def at(self, step: Step) -> Sequence[Branch]:
+        """Return the one branch, in which one adapter acts."""
+        name = self.active(step.index)
+        return (Branch({name: self.weights[name]}),)
+
+    def check(self, total: int) -> None:
+        """Raise CompositionError when the run is too short for every adapter to have a turn."""
+        idle = [name for turn, name in enumerate(self.adapters) if turn * self.period >= total]
+        if not idle:
+            return
+        turns = len(self.adapters) - 1
+        shortest = turns + 1
+        lower = (
+            f"Lower switch_every to at most {(total - 1) // turns} or take more than {turns * self.period} "
+            "steps"
+            if total >= shortest
+            else f"Take at least {shortest} steps and switch_every=1"
+        )
+        acting = ", ".join(f"'{name}'" for name in self.adapters[: -len(idle)])
+        raise CompositionError(
+            f"switch_every={self.period} in a run of {total} steps lets only {acting} act; "
+            f"{', '.join(repr(name) for name in idle)} would never have a turn. {lower} (image-to-image runs "
+            "steps x strength of them)."
+        )
+
+
+@COMPOSERS.register("switch")
+class Switch:
+    """Let one adapter act at a time and change it every ``switch_every`` steps.
+
+    Costs one evaluation of the denoiser per step, like the base, and keeps apart what a merge would mix.
+    LoRA Switch of Multi-LoRA Composition, arXiv:2402.16843, Sec. 3.1; tau = 5 as there.
+
+    The authors' code advances after step i (from 0) when i > 0 and i mod tau = 0, so its first adapter has
+    tau + 1 steps; here every turn has tau steps, as in the paper's formula. Differs from the paper: the text
+    encoders, which run once before the first step, have all adapters merged by default, so that each trigger
+    word means what its adapter learnt; the authors' code encodes with the first adapter only
+    (``text_encoder_policy="first"``).
+    """
+
+    class Options(Options):
+        """Options of Switch."""
+
+        switch_every: int = Field(
+            5, ge=1, description="Steps an adapter acts before the next one takes over (tau)."
+        )
+        order: tuple[str, ...] = Field(
+            (),
+            description="All adapters' names in the order of their turns, with commas; default: as given.",
+        )
+        text_encoder_policy: Literal["base", "first", "merged"] = Field(
+            "merged",
+            description="What the text encoders, which run once, hold: no adapter, the first, or all.",
+        )
+
+        @field_validator("order", mode="before")
+        @classmethod
+        def _split(cls, given: Any) -> Any:
+            return (
+                tuple(name.strip() for name in given.split(",") if name.strip())
+                if isinstance(given, str)
+                else given
+            )
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options if isinstance(options, Switch.Options) else Switch.Options()
+
+    def prepare(
+        self,
+        adapters: "Mapping[str, Adapter]",
+        weights: Mapping[str, float],
+        base: BaseInfo | None = None,
+        request: Request | None = None,
+    ) -> SwitchPlan:
+        """Return the plan.
+
+        Raises:
+            CompositionError: If there is no adapter, or ``order`` does not name each adapter once.
+        """
+        if not adapters:
+            raise CompositionError(
+                "method 'switch' got no adapters. Give at least one, or use method 'merge'."
+            )
+        order = self.options.order or tuple(adapters)
+        _check_order(order, list(adapters))
+        spoken = {"base": (), "first": order[:1], "merged": order}[self.options.text_encoder_policy]
+        return SwitchPlan(
+            order,
+            weights=dict(weights),
+            period=self.options.switch_every,
+            text_weights={name: weights[name] for name in spoken},
+        )
+
+
+def _check_order(order: Sequence[str], known: list[str]) -> None:
+    """Raise CompositionError unless ``order`` names each known adapter once."""
+    unknown = [name for name in order if name not in known]
+    missing = [name for name in known if name not in order]
+    repeated = sorted({name for name in order if order.count(name) > 1})
+    problems = [f"unknown adapter '{name}'.{nearest(name, known)}" for name in unknown]
+    problems += [f"adapter '{name}' is missing." for name in missing]
+    problems += [f"adapter '{name}' is named more than once." for name in repeated]
+    if problems:
+        raise CompositionError(f"order: {' '.join(problems)} Name each of these once: {', '.join(known)}.")

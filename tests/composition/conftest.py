@@ -1,0 +1,65 @@
+"""Adapters for the tests of composition: random low-rank changes of a pipeline's own layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+TARGETS = (
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight",
+    "unet.mid_block.resnets.0.conv1.weight",
+    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+)
+TEXT_TARGET = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Any]:
+    """Return a factory: pipeline, seed, names of parameters -> Adapter of rank 3 and alpha 2."""
+
+    def make(pipe: Any, seed: int, *, targets: Sequence[str] = TARGETS, text: bool = False) -> Any:
+        import torch
+
+        from studio.adapters.adapter import Adapter
+        from studio.adapters.kinds.lora import LoraChange
+        from studio.adapters.parameters import components_of, find_parameter
+
+        generator = torch.Generator().manual_seed(seed)
+        names = [*targets, TEXT_TARGET] if text else list(targets)
+        shapes = {name: tuple(find_parameter(components_of(pipe), name).shape) for name in names}
+        changes = {name: LoraChange.sample(shape, generator=generator) for name, shape in shapes.items()}
+        return Adapter(name=f"adapter{seed}", kind="lora", changes=changes)
+
+    return make
+
+
+@pytest.fixture
+def draw() -> Callable[..., Any]:
+    """Return a function that runs a pipeline to its latents with a fixed seed."""
+
+    def run(pipe: Any, *, steps: int = 4, seed: int = 0, prompt: str = "a fox", **more: Any) -> Any:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(
+            prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more
+        ).images
+
+    return run
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Any], dict[str, Any]]:
+    """Return a function that copies every parameter and buffer of a pipeline's modules."""
+
+    def copy(pipe: Any) -> dict[str, Any]:
+        from studio.adapters.parameters import components_of
+
+        return {
+            f"{component}.{name}": tensor.detach().clone()
+            for component, module in components_of(pipe).items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    return copy

@@ -1,0 +1,154 @@
+"""Plans of the composition methods, without a model."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from studio.composition.methods.merge import Merge
+from studio.composition.methods.switch import Switch
+from studio.composition.plan import Branch, PlanRow, Step, covers
+from studio.errors import CompositionError, SpecError
+from studio.registry import COMPOSERS
+from studio.specs import GenerateSpec, Options, known_fields, parse_spec
+
+
+def names(count: int) -> dict[str, None]:
+    return dict.fromkeys("abcdefgh"[:count])
+
+
+def weights(count: int) -> dict[str, float]:
+    return {name: 0.5 + index / 10 for index, name in enumerate(names(count))}
+
+
+def switch(count: int, **options: object) -> object:
+    return Switch(Switch.Options(**options)).prepare(names(count), weights(count))
+
+
+def test_importing_plans_and_methods_does_not_import_torch() -> None:
+    code = "from studio.registry import COMPOSERS; COMPOSERS.names()"
+    code += "; import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_option_has_a_description_and_a_name_of_its_own() -> None:
+    taken = set(GenerateSpec.model_fields)
+    for method in COMPOSERS:
+        options = COMPOSERS[method].Options
+        assert issubclass(options, Options)
+        for name, field in options.model_fields.items():
+            assert field.description, f"{method}.{name}"
+            assert name not in taken, f"{method}.{name}"
+
+
+def test_a_specification_takes_the_options_of_its_method() -> None:
+    spec = parse_spec(GenerateSpec, {"prompt": "x", "method": "switch", "switch-every": 3, "order": "b, a"})
+    assert spec.options == Switch.Options(switch_every=3, order=("b", "a"))
+    assert "text_encoder_policy" in known_fields(GenerateSpec, "switch")
+    with pytest.raises(SpecError, match="greater than or equal to 1"):
+        parse_spec(GenerateSpec, {"prompt": "x", "method": "switch", "switch_every": 0})
+
+
+def test_merge_gives_every_adapter_its_weight_at_every_step() -> None:
+    plan = Merge().prepare(names(3), weights(3))
+    assert plan.constant
+    assert plan.text_weights == weights(3)
+    assert plan.at(Step(7, 9, 0.7)) == (Branch(weights(3)),)
+    assert plan.describe(2) == [PlanRow(name, (weight, weight)) for name, weight in weights(3).items()]
+
+
+@pytest.mark.parametrize("total", (1, 5, 6, 25, 100), ids="T{}".format)
+@pytest.mark.parametrize("tau", (1, 2, 5, 7), ids="tau{}".format)
+@pytest.mark.parametrize("count", (1, 2, 3, 5), ids="k{}".format)
+def test_switch_follows_the_formula_of_the_paper(total: int, tau: int, count: int) -> None:
+    plan = switch(count, switch_every=tau)
+    for t in range(1, total + 1):
+        i = math.floor(((t - 1) % (count * tau)) / tau) + 1  # arXiv:2402.16843, Sec. 3.1
+        name = list(names(count))[i - 1]
+        assert plan.at(Step(t - 1, total, (t - 1) / total)) == (Branch({name: weights(count)[name]}),)
+
+
+def test_switch_gives_the_first_adapter_no_extra_step() -> None:
+    assert [switch(2, switch_every=3).active(index) for index in range(7)] == list("aaabbba")
+
+
+def test_switch_takes_turns_in_the_given_order() -> None:
+    rows = switch(3, switch_every=1, order=("c", "a", "b")).describe(4)
+    assert rows == [
+        PlanRow("c", (0.7, 0.0, 0.0, 0.7)),
+        PlanRow("a", (0.0, 0.5, 0.0, 0.0)),
+        PlanRow("b", (0.0, 0.0, 0.6, 0.0)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "spoken"), [("base", {}), ("first", {"b": 0.6}), ("merged", {"b": 0.6, "a": 0.5})], ids=str
+)
+def test_switch_encodes_the_prompt_by_its_policy(policy: str, spoken: dict[str, float]) -> None:
+    assert switch(2, order=("b", "a"), text_encoder_policy=policy).text_weights == spoken
+
+
+@pytest.mark.parametrize(
+    ("order", "problem"),
+    [
+        (("a", "b"), "adapter 'c' is missing"),
+        (("a", "b", "c", "x"), "unknown adapter 'x'"),
+        (("a", "b", "c", "a"), "adapter 'a' is named more than once"),
+    ],
+    ids=["missing", "unknown", "repeated"],
+)
+def test_switch_refuses_an_order_that_is_not_all_adapters_once(order: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(CompositionError, match=problem):
+        switch(3, order=order)
+
+
+def test_switch_refuses_no_adapters() -> None:
+    with pytest.raises(CompositionError, match="got no adapters"):
+        switch(0)
+
+
+@pytest.mark.parametrize(("total", "tau", "count"), [(5, 5, 2), (10, 5, 3), (3, 40, 2)])
+def test_switch_says_how_far_to_lower_its_period_when_an_adapter_would_never_act(
+    total: int, tau: int, count: int
+) -> None:
+    with pytest.raises(CompositionError, match=r"never have a turn. Lower switch_every to at most") as raised:
+        switch(count, switch_every=tau).check(total)
+    lower = int(str(raised.value).split("at most ")[1].split()[0])
+    switch(count, switch_every=lower).check(total)
+    with pytest.raises(CompositionError):
+        switch(count, switch_every=lower + 1).check(total)
+    longer = int(str(raised.value).split("more than ")[1].split()[0])
+    switch(count, switch_every=tau).check(longer + 1)
+    with pytest.raises(CompositionError):
+        switch(count, switch_every=tau).check(longer)
+
+
+def test_switch_with_fewer_steps_than_adapters_names_the_steps_it_needs() -> None:
+    with pytest.raises(CompositionError, match="Take at least 3 steps and switch_every=1"):
+        switch(3, switch_every=1).check(2)
+
+
+def test_switch_with_one_adapter_suits_any_number_of_steps() -> None:
+    switch(1, switch_every=50).check(1)
+
+
+def test_the_longest_prefix_gives_the_weight_of_a_layer() -> None:
+    branch = Branch({"a": {"unet.up_blocks": 0.5, "unet.up_blocks.1": 0.25}, "b": 2.0})
+    assert branch.weight("a", "unet.up_blocks.0.conv.weight") == 0.5
+    assert branch.weight("a", "unet.up_blocks.1.conv.weight") == 0.25
+    assert branch.weight("a", "unet.up_blocks.10.conv.weight") == 0.5
+    assert branch.weight("a", "unet.mid_block.conv.weight") == 0.0
+    assert branch.weight("b", "unet.mid_block.conv.weight") == 2.0
+    assert branch.weight("c", "unet.mid_block.conv.weight") == 0.0
+    assert branch.mean_weight("a") == 0.375
+    assert not covers("unet.up", "unet.up_blocks.0.weight")
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    import doctest
+
+    from studio.composition import plan
+
+    assert doctest.testmod(plan).attempted > 0
+    assert doctest.testmod(plan).failed == 0

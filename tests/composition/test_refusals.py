@@ -1,0 +1,238 @@
+"""What cannot be composed is refused before anything happens, and composers of one's own are not."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from studio.adapters.parameters import components_of, find_parameter
+from studio.composition.engine import compose
+from studio.composition.methods.switch import Switch
+from studio.composition.plan import Branch, Plan, Step
+from studio.errors import AdapterError, CompositionError, UsageError
+
+MID = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
+
+
+def parameter(pipe: Any, name: str = MID) -> torch.Tensor:
+    return find_parameter(components_of(pipe), name).detach()
+
+
+def summed(pipe: Any, uses: list[tuple[Any, float]], name: str = MID) -> torch.Tensor:
+    """Return the weight plus the weighted changes, summed in fp64 and rounded once."""
+    total = parameter(pipe, name).double()
+    for adapter, weight in uses:
+        change = adapter.changes[name]
+        scale = weight * change.alpha / change.down.shape[0]
+        product = change.up.double().flatten(1) @ change.down.double().flatten(1)
+        total = total + scale * product.reshape(total.shape)
+    return total
+
+
+def watch(pipe: Any, name: str = MID) -> tuple[list[torch.Tensor], Any]:
+    """Return a list that fills with the parameter's value at each denoiser call, and the hook's handle."""
+    seen: list[torch.Tensor] = []
+    return seen, pipe.unet.register_forward_hook(lambda *_: seen.append(parameter(pipe, name).clone()))
+
+
+def test_a_second_composition_on_the_same_denoiser_is_refused(
+    tiny_sd: Any, make_adapter: Any, draw: Any
+) -> None:
+    pipe = tiny_sd()
+    adapters = {"one": make_adapter(pipe, 1)}
+    with compose(pipe, adapters):
+        inside = draw(pipe)
+        with (
+            pytest.raises(CompositionError, match="UNet2DConditionModel is in another composition"),
+            compose(pipe, adapters),
+        ):
+            pass
+        assert torch.equal(draw(pipe), inside)
+    with compose(pipe, adapters) as composition, pytest.raises(CompositionError, match="entered already"):
+        composition.__enter__()
+
+
+def test_pipelines_that_share_a_composed_text_encoder_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
+    first, second = tiny_sd(), tiny_sd()
+    second.text_encoder = first.text_encoder
+    adapters = {"one": make_adapter(first, 1, text=True)}
+    with (
+        compose(first, adapters),
+        pytest.raises(CompositionError, match="CLIPTextModel is in another composition"),
+        compose(second, adapters),
+    ):
+        pass
+
+
+def test_switch_that_leaves_an_adapter_idle_is_refused_before_the_first_step(
+    tiny_sd: Any, make_adapter: Any, draw: Any
+) -> None:
+    pipe = tiny_sd()
+    adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
+    seen, handle = watch(pipe)
+    with (
+        pytest.raises(
+            CompositionError, match=r"lets only 'one' act; 'two' would never have a turn. Lower switch_every"
+        ),
+        compose(pipe, adapters, method="switch"),
+    ):
+        draw(pipe, steps=5)
+    handle.remove()
+    assert not seen
+
+
+def test_live_peft_layers_are_refused_until_they_are_unloaded(tiny_sd: Any, make_adapter: Any) -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_sd()
+    adapters = {"one": make_adapter(pipe, 1)}
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(
+        CompositionError, match=r"unet has live peft layers. Call pipe.unload_lora_weights\(\)"
+    ):
+        compose(pipe, adapters)
+    pipe.unload_lora_weights()
+    with compose(pipe, adapters):
+        pass
+
+
+def test_fused_projections_are_refused_until_they_are_separate(tiny_sd: Any, make_adapter: Any) -> None:
+    pipe = tiny_sd()
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(CompositionError, match=r"Call pipe.unfuse_qkv_projections\(\)"):
+        compose(pipe, {"one": make_adapter(pipe, 1)})
+    pipe.unfuse_qkv_projections(vae=False)
+    with compose(pipe, {"one": make_adapter(pipe, 1)}):
+        pass
+
+
+def test_weights_on_meta_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
+    pipe = tiny_sd()
+    adapter = make_adapter(pipe, 1)
+    pipe.unet.to("meta")
+    with pytest.raises(CompositionError, match="enable_model_cpu_offload"):
+        compose(pipe, {"one": adapter})
+
+
+def test_an_adapter_of_another_architecture_is_refused_with_its_misfits(
+    tiny_sd: Any, tiny_sdxl: Any, make_adapter: Any
+) -> None:
+    names = ("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight", "unet.conv_in.weight")
+    adapter = make_adapter(tiny_sdxl(), 1, targets=names)
+    with pytest.raises(
+        AdapterError, match=r"'xl' does not fit the base model \(1 of 2 changes\): the base has no 'unet.up"
+    ):
+        compose(tiny_sd(), {"xl": adapter})
+    wrong = {MID: make_adapter(tiny_sd(), 1).changes["unet.mid_block.resnets.0.conv1.weight"]}
+    with pytest.raises(AdapterError, match="is 32 x 128 in the base and 32 x 32 x 3 x 3 in the adapter"):
+        compose(tiny_sd(), {"bad": replace(adapter, changes=wrong)})
+
+
+def test_a_linear_change_fits_a_one_by_one_convolution(tiny_sd: Any, make_adapter: Any) -> None:
+    pipe = tiny_sd()
+    name = "unet.mid_block.attentions.0.proj_in.weight"
+    adapter = make_adapter(pipe, 1, targets=[name])
+    flat = replace(adapter, changes={name: adapter.changes[name].fitted((32, 32))})
+    with compose(pipe, {"one": adapter}):
+        wanted = parameter(pipe, name).clone()
+    with compose(pipe, {"flat": flat}):
+        assert torch.equal(parameter(pipe, name), wanted)
+
+
+def test_wrong_names_and_weights_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
+    pipe = tiny_sd()
+    adapters = {"dog": make_adapter(pipe, 1)}
+    with pytest.raises(UsageError, match=r"unknown adapter 'dig'. Did you mean 'dog'"):
+        compose(pipe, adapters, weights={"dig": 1.0})
+    with pytest.raises(UsageError, match="'dog' must be a finite number, got nan"):
+        compose(pipe, adapters, weights={"dog": float("nan")})
+    with pytest.raises(UsageError, match=r"unknown composition method 'swich'. Did you mean 'switch'"):
+        compose(pipe, adapters, method="swich")
+    with pytest.raises(UsageError, match="switch_evry: unknown option"):
+        compose(pipe, adapters, method="switch", options={"switch_evry": 1})
+    with pytest.raises(CompositionError, match="options were given beside a composer"):
+        compose(pipe, adapters, method=Switch(), options={"switch_every": 1})
+    with pytest.raises(CompositionError, match="brings new tokens"):
+        compose(pipe, {"dog": replace(adapters["dog"], tokens={"<dog>": {}})})
+
+
+def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_step(
+    tiny_sd: Any, make_adapter: Any
+) -> None:
+    pipe = tiny_sd()
+    inputs = {
+        "sample": torch.zeros(1, 4, 8, 8),
+        "timestep": 5,
+        "encoder_hidden_states": torch.zeros(1, 77, 32),
+    }
+    with compose(pipe, {"one": make_adapter(pipe, 1)}):
+        pipe.unet(**inputs)
+    with (
+        compose(pipe, {"one": make_adapter(pipe, 1)}, method="switch"),
+        pytest.raises(CompositionError, match="outside of a run"),
+    ):
+        pipe.unet(**inputs)
+
+
+def test_a_replaced_scheduler_is_said(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = tiny_sd()
+    with (
+        compose(pipe, {"one": make_adapter(pipe, 1)}, method="switch"),
+        pytest.raises(CompositionError, match="do not replace the scheduler"),
+    ):
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        draw(pipe)
+
+
+@dataclass(frozen=True)
+class FixedPlan(Plan):
+    """The same given branches at every step."""
+
+    branches: tuple[Branch, ...]
+
+    def at(self, step: Step) -> tuple[Branch, ...]:
+        return self.branches
+
+
+class Fixed:
+    """A composer whose plan is given."""
+
+    def __init__(self, *branches: Branch) -> None:
+        self.branches = branches
+
+    def prepare(self, adapters: Any, weights: Any, base: Any = None, request: Any = None) -> Plan:
+        assert base.architecture == "sd1" and base.shapes[MID] == (32, 128)
+        return FixedPlan(tuple(adapters), branches=self.branches, text_weights={})
+
+
+def test_a_composer_of_ones_own_may_weight_layers(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = tiny_sd()
+    adapter = make_adapter(pipe, 1)
+    conv = "unet.mid_block.resnets.0.conv1.weight"
+    base, wanted = parameter(pipe, conv).clone(), summed(pipe, [(adapter, 0.5)])
+    with compose(pipe, {"one": adapter}, method=Fixed(Branch({"one": {"unet.mid_block.attentions": 0.5}}))):
+        draw(pipe, steps=1)
+        assert torch.allclose(parameter(pipe, MID).double(), wanted, atol=1e-5)
+        assert torch.equal(parameter(pipe, conv), base)
+    with (
+        compose(pipe, {"one": adapter}, method=Fixed(Branch({"one": {"unet.mid": 1.0}}))),
+        pytest.raises(CompositionError, match=r"layers that it does not change: unet.mid"),
+    ):
+        draw(pipe, steps=1)
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [(Branch({}, share=0.5), Branch({}, share=0.5)), (Branch({}, rows="conditional"),)],
+    ids=["two", "rows"],
+)
+def test_branches_that_merged_weights_cannot_do_are_refused(branches: Any, tiny_sd: Any, draw: Any) -> None:
+    pipe = tiny_sd()
+    with (
+        compose(pipe, {}, method=Fixed(*branches)),
+        pytest.raises(CompositionError, match="with one branch per step"),
+    ):
+        draw(pipe, steps=1)
