@@ -2,8 +2,6 @@
 
 import torch
 from diffusers import DiffusionPipeline
-from studio.trainers.borrow import borrowed
-from studio.trainers.step import Batch, Latents, TrainStep
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.bank import WeightBank
@@ -11,6 +9,8 @@ from studio.adapters.parameters import components_of
 from studio.data.batches import Samples, derived_seed
 from studio.data.folder import PictureSet
 from studio.specs.train import TrainSpec
+from studio.trainers.borrow import borrowed
+from studio.trainers.step import Batch, Latents, TrainStep
 
 
 def evaluate_loss(

@@ -4,6 +4,16 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
+
+from studio.adapters.adapter import Adapter
+from studio.data.batches import Samples
+from studio.data.folder import PictureSet, read_folder
+from studio.data.report import report
+from studio.errors import OutputError, TrainingError
+from studio.models.prompts import check_prompt
+from studio.registry import TRAINERS
+from studio.specs.events import Event, OnEvent
+from studio.specs.train import TrainSpec
 from studio.trainers.base import Trainer
 from studio.trainers.borrow import borrowed
 from studio.trainers.metadata import base_facts, run_facts
@@ -16,16 +26,6 @@ from studio.trainers.runtime import (
     weight_dtype,
 )
 from studio.trainers.step import Latents, NoiseSchedule
-
-from studio.adapters.adapter import Adapter
-from studio.data.batches import Samples
-from studio.data.folder import PictureSet, read_folder
-from studio.data.report import report
-from studio.errors import OutputError, TrainingError
-from studio.models.prompts import check_prompt
-from studio.registry import TRAINERS
-from studio.specs.events import Event, OnEvent
-from studio.specs.train import TrainSpec
 
 
 def train(

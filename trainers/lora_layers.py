@@ -10,8 +10,6 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from studio.trainers.base import ParameterGroup
-from studio.trainers.methods.lora import LoraOptions
 from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter
@@ -19,6 +17,8 @@ from studio.adapters.kinds.lora import LoraChange
 from studio.data.batches import derived_seed
 from studio.errors import TrainingError
 from studio.specs.train import TrainSpec
+from studio.trainers.base import ParameterGroup
+from studio.trainers.methods.lora import LoraOptions
 
 PEFT_NAME = "studio"
 """peft's name of the adapter in its layers."""

@@ -11,12 +11,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from studio.trainers.base import ParameterGroup, Trainer
-from studio.trainers.borrow import converted
-from studio.trainers.guard import Guard
-from studio.trainers.metadata import progress_facts
-from studio.trainers.runtime import rate_factor
-from studio.trainers.step import Latents, TrainStep
 from torch import Tensor
 
 from studio.adapters.adapter import Adapter
@@ -25,6 +19,12 @@ from studio.data.batches import derived_seed
 from studio.errors import TrainingError
 from studio.specs.events import Event, OnEvent
 from studio.specs.train import TrainSpec
+from studio.trainers.base import ParameterGroup, Trainer
+from studio.trainers.borrow import converted
+from studio.trainers.guard import Guard
+from studio.trainers.metadata import progress_facts
+from studio.trainers.runtime import rate_factor
+from studio.trainers.step import Latents, TrainStep
 
 SampleFunction = Callable[[DiffusionPipeline, Adapter | None, str, int], Image.Image]
 """Draws one picture: pipeline (the plain base), adapter so far (None before the first step), prompt, seed."""

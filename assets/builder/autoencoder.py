@@ -1,9 +1,10 @@
-"""Fit the starter's AutoencoderKL: its encoder *is* the best linear patch code, its decoder is trained to invert it.
+"""Fit the starter's AutoencoderKL: its encoder is a linear patch code, its decoder learns to invert it.
 
-The encoder is an ordinary AutoencoderKL encoder whose weights are set so that it computes a principal component analysis
-of 4x4 patches: stride-2 convolutions copy pixels into channels, residual branches are zero, and the last SiLU is
-undone by channel pairs, ``silu(x) - silu(-x) = x``. The group norm before it is made almost constant by a large
-constant pair in every group. So the latent space is known before any training, and the UNet need not wait.
+The encoder is an ordinary AutoencoderKL encoder whose weights are set so that it computes a principal
+component analysis of 4x4 patches: stride-2 convolutions copy pixels into channels, residual branches are
+zero, and the last SiLU is undone by channel pairs, ``silu(x) - silu(-x) = x``. The group norm before it is
+made almost constant by a large constant pair in every group. So the latent space is known before any
+training, and the UNet need not wait.
 """
 
 import torch
@@ -27,7 +28,7 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 
 def principal_patches(pixels: Tensor, *, channels: int = LATENT_CHANNELS) -> tuple[Tensor, Tensor]:
-    """Return the mean ``[48]`` and the leading components ``[channels, 48]`` of all 4x4 patches, as (y, x, rgb).
+    """Return the mean ``[48]`` and the leading components ``[channels, 48]`` of all 4x4 patches.
 
     Args:
         pixels: ``[N, 3, H, W]`` uint8.
@@ -65,7 +66,7 @@ def new_autoencoder(*, scaling_factor: float, size: int) -> AutoencoderKL:
 
 
 def _space_to_depth(conv: torch.nn.Conv2d, planes: int) -> None:
-    """Make a stride-2 convolution copy each 2x2 neighbourhood of the first ``planes`` channels into four channels."""
+    """Make a stride-2 convolution copy 2x2 neighbourhoods of the first ``planes`` channels into channels."""
     for plane in range(planes):
         for dy in range(2):
             for dx in range(2):
@@ -80,6 +81,7 @@ def set_linear_encoder(vae: AutoencoderKL, mean: Tensor, components: Tensor) -> 
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.weight.zero_()
+            assert module.bias is not None
             module.bias.zero_()
     for plane in range(3):
         encoder.conv_in.weight[plane, plane, 1, 1] = 1.0
@@ -101,7 +103,9 @@ def set_linear_encoder(vae: AutoencoderKL, mean: Tensor, components: Tensor) -> 
     encoder.conv_norm_out.weight.fill_(_ANCHOR / 2)
     encoder.conv_norm_out.bias.zero_()
 
-    order = torch.tensor([_channel_of(rgb, y, x) for rgb in range(3) for y in range(PATCH) for x in range(PATCH)])
+    order = torch.tensor(
+        [_channel_of(rgb, y, x) for rgb in range(3) for y in range(PATCH) for x in range(PATCH)]
+    )
     by_encoder = torch.zeros_like(components)
     by_encoder[:, order] = components
     offset = components @ mean
@@ -129,7 +133,7 @@ def psnr(picture: Tensor, target: Tensor) -> float:
 def train_decoder(
     vae: AutoencoderKL, pixels: Tensor, *, steps: int, batch: int = 32, rate: float = 2e-3, seed: int = 0
 ) -> float:
-    """Train the decoder to invert the fixed encoder on pictures and return its PSNR in dB on the last, kept apart.
+    """Train the decoder to invert the fixed encoder; return its PSNR in dB on pictures kept apart.
 
     Every second batch also holds noisy latents, so that the decoder forgives a UNet that is slightly off.
     """

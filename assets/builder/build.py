@@ -1,6 +1,6 @@
-"""Build the starter: tokenizer, text encoder, autoencoder, UNet; every part is kept and a second run goes on from there.
+"""Build the starter: tokenizer, text encoder, autoencoder, UNet. A second run goes on from the first.
 
-    python -m studio.assets.builder.build --work build/starter --steps 6000 --decay 1500
+python -m studio.assets.builder.build --work build/starter --steps 6000 --decay 1500
 """
 
 import argparse
@@ -48,16 +48,22 @@ def build_autoencoder(work: Path, pixels: Tensor, *, steps: int) -> AutoencoderK
         mean, components = autoencoder.principal_patches(pixels[:_CODE_PICTURES])
         latents = autoencoder.encode_linear(pixels[:_CODE_PICTURES], mean, components)
         torch.manual_seed(0)
-        vae = autoencoder.new_autoencoder(scaling_factor=round(1 / float(latents.std()), 5), size=pixels.shape[-1])
+        vae = autoencoder.new_autoencoder(
+            scaling_factor=round(1 / float(latents.std()), 5), size=pixels.shape[-1]
+        )
         autoencoder.set_linear_encoder(vae, mean, components)
         error = (vae.encode(autoencoder.to_unit(pixels[:64])).latent_dist.mean - latents[:64]).abs().max()
-        _facts(work, encoder_vs_linear_code=float(error), reconstruction_psnr=autoencoder.train_decoder(vae, pixels, steps=steps))
+        _facts(
+            work,
+            encoder_vs_linear_code=float(error),
+            reconstruction_psnr=autoencoder.train_decoder(vae, pixels, steps=steps),
+        )
         vae.half().save_pretrained(work / "vae")
     return AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32)
 
 
 def encode_all(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Return scaled latents ``[N, C, h, w]`` in bf16, by the linear code that the encoder computes (far faster on CPUs)."""
+    """Return scaled latents ``[N, C, h, w]`` in bf16, by the linear code that the encoder computes."""
     mean, components = autoencoder.principal_patches(pixels[:_CODE_PICTURES])
     parts = [autoencoder.encode_linear(chunk, mean, components) for chunk in pixels.split(1024)]
     return torch.cat([(part * vae.config.scaling_factor).bfloat16() for part in parts])
@@ -82,14 +88,18 @@ def publish(work: Path, folder: Path) -> None:
 def main() -> None:
     """Build what is missing, train the UNet to the step asked for, and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of parts and state; a second run resumes there")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of parts and state; a second run resumes there"
+    )
     parser.add_argument("--output", type=Path, default=STARTER, help="diffusers folder to publish to")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--renders", type=int, default=61_440, help="pictures to render and hold in memory")
     parser.add_argument("--text-steps", type=int, default=500)
     parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=6000, help="UNet step to stop at")
-    parser.add_argument("--decay", type=int, default=1500, help="last UNet steps with a falling learning rate")
+    parser.add_argument(
+        "--decay", type=int, default=1500, help="last UNet steps with a falling learning rate"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--no-compile", action="store_true", help="do not compile the UNet")
@@ -104,7 +114,9 @@ def main() -> None:
     cache = args.work / "cache.safetensors"
     if not cache.exists():
         ids = text_encoder.token_ids(tokenizer, [*renders.captions, ""])
-        save_file({"latents": encode_all(vae, renders.pixels), "text": text_encoder.embed(encoder, ids)}, cache)
+        save_file(
+            {"latents": encode_all(vae, renders.pixels), "text": text_encoder.embed(encoder, ids)}, cache
+        )
     data = load_file(cache)
 
     def save(model: UNet2DConditionModel, step: int) -> None:

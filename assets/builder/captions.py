@@ -8,7 +8,12 @@ _OPENINGS = {
     "plain": ("a photo of", "a picture of", "an image of", "a drawing of", ""),
     "sketch": ("a pencil sketch of", "a sketch of", "a line drawing of", "a sketched picture of"),
     "pixel": ("pixel art of", "a pixel art picture of", "a pixelated image of", "an 8-bit picture of"),
-    "watercolor": ("a watercolor painting of", "a watercolor of", "a watercolour painting of", "a soft watercolor picture of"),
+    "watercolor": (
+        "a watercolor painting of",
+        "a watercolor of",
+        "a watercolour painting of",
+        "a soft watercolor picture of",
+    ),
 }
 _SUFFIXES = {
     "sketch": ("pencil sketch", "in sketch style", "sketch"),
@@ -16,7 +21,20 @@ _SUFFIXES = {
     "watercolor": ("watercolor", "in watercolor style", "watercolour painting"),
 }
 # Words without meaning for the picture: the text encoder learns to look past what it does not know.
-_FILLERS = ("nice", "beautiful", "small", "little", "big", "cute", "detailed", "simple", "lovely", "single", "old", "new")
+_FILLERS = (
+    "nice",
+    "beautiful",
+    "small",
+    "little",
+    "big",
+    "cute",
+    "detailed",
+    "simple",
+    "lovely",
+    "single",
+    "old",
+    "new",
+)
 
 
 def with_article(noun: str) -> str:
@@ -47,7 +65,9 @@ def caption(
         strangers: Words put before some nouns that say nothing about the picture (trigger-like).
     """
     noun = _noun(subject, rng, strangers)
-    ground = rng.choice((f"on a {background} background", f"on {background}", f"with a {background} background"))
+    ground = rng.choice(
+        (f"on a {background} background", f"on {background}", f"with a {background} background")
+    )
     form = rng.random()
     if style == "plain" or form < 0.6:
         text = f"{rng.choice(_OPENINGS[style])} {noun}"

@@ -37,7 +37,9 @@ class Renders:
     captions: list[str]
 
 
-def _render_chunk(job: tuple[int, int, int, bool, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _render_chunk(
+    job: tuple[int, int, int, bool, tuple[str, ...]],
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     seed, count, size, held_out, strangers = job
     rng = random.Random(seed)
     subjects = ALL_SUBJECTS if held_out else SUBJECTS
@@ -48,7 +50,9 @@ def _render_chunk(job: tuple[int, int, int, bool, tuple[str, ...]]) -> tuple[np.
     words = []
     for row in range(count):
         subject, style, ground = rng.choice(subjects), rng.choice(styles), rng.choice(backgrounds)
-        pixels[row] = np.asarray(render(subject.name, style, ground, placement=random_placement(rng), size=size))
+        pixels[row] = np.asarray(
+            render(subject.name, style, ground, placement=random_placement(rng), size=size)
+        )
         labels[row] = (
             ALL_SUBJECTS.index(subject),
             ALL_STYLES.index(style),
@@ -59,7 +63,13 @@ def _render_chunk(job: tuple[int, int, int, bool, tuple[str, ...]]) -> tuple[np.
 
 
 def render_many(
-    count: int, *, seed: int, size: int = 64, held_out: bool = False, strangers: tuple[str, ...] = (), workers: int = 2
+    count: int,
+    *,
+    seed: int,
+    size: int = 64,
+    held_out: bool = False,
+    strangers: tuple[str, ...] = (),
+    workers: int = 2,
 ) -> Renders:
     """Render ``count`` random pictures.
 
@@ -67,7 +77,8 @@ def render_many(
         count: How many.
         seed: Same seed and count: the same pictures, whatever the number of workers.
         size: Side in pixels.
-        held_out: Draw from the held-out subjects, styles and backgrounds too (the evaluator); no captions then.
+        held_out: Draw from the held-out subjects, styles and backgrounds too (the evaluator); no captions
+            then.
         strangers: See ``caption``.
         workers: Processes.
     """

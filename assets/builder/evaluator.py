@@ -1,9 +1,9 @@
-"""The evaluator: a small CNN that names the subject, style and background of a picture. A measuring instrument.
+"""The evaluator: a small CNN that names the subject, style and background of a picture.
 
-It is trained on renders only (never on generated pictures), with blur, noise and colour shifts so that a picture need not
-be perfect to be recognised, and it knows the held-out subjects, styles and backgrounds.
+It is trained on renders only (never on generated pictures), with blur, noise and colour shifts so that a
+picture need not be perfect to be recognised, and it knows the held-out subjects, styles and backgrounds.
 
-    python -m studio.assets.builder.evaluator --steps 1500
+    python -m studio.assets.builder.evaluator --steps 800
 """
 
 import argparse
@@ -48,7 +48,8 @@ class Evaluator(nn.Module):
             previous = width
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleList(
-            nn.Linear(2 * previous, count) for count in (len(ALL_SUBJECTS), len(ALL_STYLES), len(ALL_BACKGROUNDS))
+            nn.Linear(2 * previous, count)
+            for count in (len(ALL_SUBJECTS), len(ALL_STYLES), len(ALL_BACKGROUNDS))
         )
 
     def features(self, pictures: Tensor) -> Tensor:
@@ -74,23 +75,30 @@ class Verdict:
 def load_evaluator(folder: Path = FOLDER) -> Evaluator:
     """Return the shipped evaluator in fp32."""
     model = Evaluator()
-    model.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()}, strict=False)
+    model.load_state_dict(
+        {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}, strict=False
+    )
     return model.eval()
 
 
 def as_tensor(pictures: list[Image.Image]) -> Tensor:
     """Return pictures of any size as ``[N, 3, 64, 64]`` in [-1, 1]."""
-    rows = [np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for picture in pictures]
+    rows = [
+        np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for picture in pictures
+    ]
     return to_unit(torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2))
 
 
 @torch.no_grad()
 def judge(pictures: list[Image.Image]) -> list[Verdict]:
     """Return a verdict for every picture."""
-    subjects, styles, grounds = (logits.argmax(1).tolist() for logits in load_evaluator()(as_tensor(pictures)))
+    subjects, styles, grounds = (
+        logits.argmax(1).tolist() for logits in load_evaluator()(as_tensor(pictures))
+    )
     names = list(ALL_BACKGROUNDS)
     return [
-        Verdict(ALL_SUBJECTS[s].name, ALL_STYLES[t], names[b]) for s, t, b in zip(subjects, styles, grounds, strict=True)
+        Verdict(ALL_SUBJECTS[s].name, ALL_STYLES[t], names[b])
+        for s, t, b in zip(subjects, styles, grounds, strict=True)
     ]
 
 
@@ -115,21 +123,25 @@ def _disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return pictures + half() * 0.12 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
 
 
-def train_evaluator(*, steps: int, renders: int, batch: int = 128, rate: float = 3e-3, seed: int = 7) -> tuple[Evaluator, dict[str, float]]:
+def train_evaluator(
+    *, steps: int, renders: int, batch: int = 128, rate: float = 3e-3, seed: int = 7
+) -> tuple[Evaluator, dict[str, float]]:
     """Return a trained evaluator and its accuracy on 4,096 fresh renders."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     data = render_many(renders, seed=100 + seed, size=SIZE, held_out=True)
-    model = Evaluator().to(memory_format=torch.channels_last)
+    model = Evaluator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for _ in (progress := tqdm(range(steps), desc="evaluator", mininterval=5)):
         rows = torch.randint(renders, (batch,), generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(_disturb(to_unit(data.pixels[rows]), generator).contiguous(memory_format=torch.channels_last))
-        loss = sum(
-            F.cross_entropy(part.float(), data.labels[rows, head], label_smoothing=0.05) for head, part in enumerate(logits)
-        )
+        pictures = _disturb(to_unit(data.pixels[rows]), generator)
+        logits = model(pictures)
+        parts = [
+            F.cross_entropy(part.float(), data.labels[rows, head], label_smoothing=0.05)
+            for head, part in enumerate(logits)
+        ]
+        loss = torch.stack(parts).sum()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -153,8 +165,8 @@ def measure(model: Evaluator, *, seed: int, count: int = 4096) -> dict[str, floa
 def main() -> None:
     """Train and publish the evaluator."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--renders", type=int, default=40_960)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--renders", type=int, default=24_576)
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args()
     model, accuracy = train_evaluator(steps=args.steps, renders=args.renders)

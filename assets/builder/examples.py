@@ -1,6 +1,6 @@
 """Render the example data sets: pictures of held-out subjects and styles that no starter has seen.
 
-    python -m studio.assets.builder.examples
+python -m studio.assets.builder.examples
 """
 
 import random
@@ -27,7 +27,9 @@ def main() -> None:
     for index, subject in enumerate(_STYLE_SUBJECTS):
         ground = grounds[index % len(grounds)]
         picture = render(subject, "neon", ground, placement=random_placement(rng))
-        _write("neon", index, picture, f"a sks neon picture of {with_article(subject)} on a {ground} background")
+        _write(
+            "neon", index, picture, f"a sks neon picture of {with_article(subject)} on a {ground} background"
+        )
 
 
 def _write(folder: str, index: int, picture: Image.Image, text: str) -> None:

@@ -1,6 +1,6 @@
 """Measure a starter with the evaluator, and draw the grid of its model card.
 
-    python -m studio.assets.builder.measure --prompts 480 --output build/measured
+python -m studio.assets.builder.measure --prompts 480 --output build/measured
 """
 
 import argparse
@@ -31,7 +31,13 @@ def wilson(right: int, count: int, *, z: float = 1.96) -> tuple[float, float]:
 
 
 def draw(
-    pipe: StableDiffusionPipeline, prompts: list[str], *, seed: int, steps: int = 25, guidance: float = 5.0, batch: int = 16
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    *,
+    seed: int,
+    steps: int = 25,
+    guidance: float = 5.0,
+    batch: int = 16,
 ) -> list[Image.Image]:
     """Return one picture per prompt; picture i has the noise of seed + i, whatever the batch size."""
     pictures: list[Image.Image] = []
@@ -88,13 +94,20 @@ def main() -> None:
     verdicts = judge(pictures)
     for head in ("subject", "style", "background"):
         column = ("subject", "style", "background").index(head) + 1
-        right = sum(getattr(verdict, head) == row[column] for verdict, row in zip(verdicts, rows, strict=True))
+        right = sum(
+            getattr(verdict, head) == row[column] for verdict, row in zip(verdicts, rows, strict=True)
+        )
         low, high = wilson(right, len(rows))
         facts[head] = {"share": round(right / len(rows), 4), "low": round(low, 4), "high": round(high, 4)}
     (args.output / "accuracy.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     grounds = list(BACKGROUNDS)
-    openings = {"plain": "a photo of", "sketch": "a pencil sketch of", "pixel": "pixel art of", "watercolor": "a watercolor painting of"}
+    openings = {
+        "plain": "a photo of",
+        "sketch": "a pencil sketch of",
+        "pixel": "pixel art of",
+        "watercolor": "a watercolor painting of",
+    }
     prompts = [
         f"{openings[style]} a {subject.name} on a {grounds[(row + column) % len(grounds)]} background"
         for row, style in enumerate(STYLES)

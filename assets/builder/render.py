@@ -15,7 +15,7 @@ from studio.assets.builder.subjects import ALL_BACKGROUNDS, ALL_STYLES
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the subject sits: ``scale`` is its side over the picture's, ``dx`` and ``dy`` are shifts in picture sides."""
+    """Where the subject sits: its side and its shifts, in sides of the picture."""
 
     scale: float = 0.82
     dx: float = 0.0
@@ -27,7 +27,9 @@ def random_placement(rng: random.Random) -> Placement:
     """Draw a placement with moderate jitter, so that a small model can learn shapes in few samples."""
     scale = rng.uniform(0.72, 0.9)
     room = (1 - scale) / 2
-    return Placement(scale, rng.uniform(-room, room) * 0.7, rng.uniform(-room, room) * 0.7, rng.random() < 0.5)
+    return Placement(
+        scale, rng.uniform(-room, room) * 0.7, rng.uniform(-room, room) * 0.7, rng.random() < 0.5
+    )
 
 
 @cache
@@ -86,7 +88,9 @@ def _watercolor(layer: Image.Image, background: tuple[int, int, int]) -> Image.I
     """Soft pale washes: blurred, mode-filtered, few tones, lightened."""
     size = layer.width
     wash = _on(background, layer).filter(ImageFilter.GaussianBlur(size / 64))
-    wash = ImageOps.posterize(wash.filter(ImageFilter.ModeFilter(5)), 3).filter(ImageFilter.GaussianBlur(size / 100))
+    wash = ImageOps.posterize(wash.filter(ImageFilter.ModeFilter(5)), 3).filter(
+        ImageFilter.GaussianBlur(size / 100)
+    )
     mask = layer.getchannel("A").filter(ImageFilter.GaussianBlur(size / 48))
     pale = Image.blend(wash, Image.new("RGB", wash.size, (255, 255, 255)), 0.42)
     return Image.composite(pale, Image.new("RGB", wash.size, background), mask)
@@ -129,7 +133,9 @@ _PAINTERS = {
 assert set(_PAINTERS) == set(ALL_STYLES)
 
 
-def render(subject: str, style: str, background: str, *, placement: Placement | None = None, size: int = 64) -> Image.Image:
+def render(
+    subject: str, style: str, background: str, *, placement: Placement | None = None, size: int = 64
+) -> Image.Image:
     """Return an RGB picture of ``size`` x ``size`` pixels.
 
     Args:

@@ -1,6 +1,6 @@
 """Cut the glyph sprites out of the font once; they are committed, so building and testing need no font.
 
-    python -m studio.assets.builder.sprites /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+python -m studio.assets.builder.sprites /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The subjects, styles and backgrounds that the starters and the evaluator are made of.
 
-Subjects are glyphs of the font Noto Color Emoji (SIL Open Font License 1.1). Held-out entries never appear in a starter's
-training data: they are the material for adapters whose success can be measured. The evaluator knows all of them.
+Subjects are glyphs of the font Noto Color Emoji (SIL Open Font License 1.1). Held-out entries never appear in
+a starter's training data: they are the material for adapters whose success can be measured. The evaluator
+knows all of them.
 """
 
 from dataclasses import dataclass

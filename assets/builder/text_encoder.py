@@ -1,6 +1,7 @@
-"""Teach the starter's CLIPTextModel to read captions: name the subject, style and background from its last hidden state.
+"""Teach the starter's CLIPTextModel to read captions: subject, style and background from its last state.
 
-Stable Diffusion's text encoder is trained before and apart from the UNet; so is this one. Its embeddings are then fixed.
+Stable Diffusion's text encoder is trained before and apart from the UNet; so is this one. Its embeddings are
+then fixed.
 """
 
 import random
@@ -39,9 +40,14 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, seed: int = 0) -> CLIPTextMode
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Return ``[N, 77]`` token ids, as the diffusers pipelines make them."""
-    return tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ids: Tensor = tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     ).input_ids
+    return ids
 
 
 class _Readout(nn.Module):
@@ -49,7 +55,9 @@ class _Readout(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, count) for count in (len(SUBJECTS), len(STYLES), len(BACKGROUNDS)))
+        self.heads = nn.ModuleList(
+            nn.Linear(WIDTH, count) for count in (len(SUBJECTS), len(STYLES), len(BACKGROUNDS))
+        )
 
     def forward(self, hidden: Tensor, ends: Tensor) -> list[Tensor]:
         pooled = hidden[torch.arange(len(hidden)), ends]
@@ -77,7 +85,10 @@ def train_text_encoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
-        labels = [(rng.randrange(len(SUBJECTS)), rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))) for _ in range(count)]
+        labels = [
+            (rng.randrange(len(SUBJECTS)), rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS)))
+            for _ in range(count)
+        ]
         grounds = list(BACKGROUNDS)
         texts = [caption(SUBJECTS[s], STYLES[t], grounds[b], rng, strangers=strangers) for s, t, b in labels]
         return token_ids(tokenizer, texts), torch.tensor(labels)
@@ -85,12 +96,14 @@ def train_text_encoder(
     def read(ids: Tensor) -> list[Tensor]:
         ends = (ids == tokenizer.eos_token_id).int().argmax(1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return readout(model(ids).last_hidden_state, ends)
+            named: list[Tensor] = readout(model(ids).last_hidden_state, ends)
+        return named
 
     progress = tqdm(range(steps), desc="text encoder", mininterval=5)
     for step in progress:
         ids, labels = examples(batch)
-        loss = sum(F.cross_entropy(logits.float(), labels[:, head]) for head, logits in enumerate(read(ids)))
+        parts = [F.cross_entropy(logits.float(), labels[:, head]) for head, logits in enumerate(read(ids))]
+        loss = torch.stack(parts).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

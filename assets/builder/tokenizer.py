@@ -6,7 +6,7 @@ import random
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from studio.assets.builder.captions import caption
@@ -45,7 +45,7 @@ def train_tokenizer() -> CLIPTokenizer:
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(pattern=_regex(), behavior="removed", invert=True),
+            pre_tokenizers.Split(pattern=Regex(_WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -71,12 +71,6 @@ def train_tokenizer() -> CLIPTokenizer:
             entries.append(left + right)
     vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}
     return CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=77)
-
-
-def _regex() -> object:
-    from tokenizers import Regex
-
-    return Regex(_WORDS)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

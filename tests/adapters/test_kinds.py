@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from studio.kernels.merge_bank import merge_bank
 
 from studio.adapters.adapter import Change
 from studio.adapters.kinds.lora import LoraChange
+from studio.kernels.merge_bank import merge_bank
 from studio.registry import KINDS
 
 SHAPES = [(7, 5), (6, 5, 3, 3), (6, 5, 1, 1), (1, 1)]

@@ -1,4 +1,4 @@
-"""Every part of the builder at tiny size: the real code from renders to a folder that plain diffusers loads."""
+"""Every part of the builder at tiny size, from renders to a folder that plain diffusers loads."""
 
 from pathlib import Path
 
@@ -28,7 +28,9 @@ def test_the_encoder_computes_the_linear_code(renders: Renders) -> None:
 
 def test_the_components_are_orthonormal_and_in_order(renders: Renders) -> None:
     mean, components = autoencoder.principal_patches(renders.pixels)
-    assert torch.allclose(components @ components.T, torch.eye(len(components)), atol=1e-5)  # fp32 of an fp64 solve
+    assert torch.allclose(
+        components @ components.T, torch.eye(len(components)), atol=1e-5
+    )  # fp32 of an fp64 solve
     spread = autoencoder.encode_linear(renders.pixels, mean, components).var((0, 2, 3))
     assert (spread[:-1] >= spread[1:] * 0.999).all()
 
@@ -72,7 +74,13 @@ def test_a_tiny_build_gives_a_folder_that_plain_diffusers_loads(tmp_path: Path, 
     for steps in (1, 2):  # the second run goes on from the first one's state
         spec = unet.UNetTraining(steps=steps, batch=2, compile=False)
         unet.train_unet(
-            unet.new_unet(latent_size=16), latents, text[:-1], text[-1], spec=spec, state=work / "state.pt", save=save
+            unet.new_unet(latent_size=16),
+            latents,
+            text[:-1],
+            text[-1],
+            spec=spec,
+            state=work / "state.pt",
+            save=save,
         )
     assert torch.load(work / "state.pt", weights_only=True)["step"] == 2
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "starter", torch_dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from studio.kernels.merge_bank import merge_bank
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from studio.trainers.borrow import borrowed, converted, networks
 
 CPU = torch.device("cpu")

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from studio.trainers.evaluate import evaluate_loss
-from studio.trainers.loop import train
 from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter
@@ -15,6 +13,8 @@ from studio.adapters.files import load_adapter
 from studio.data.folder import read_folder
 from studio.errors import OutputError, TrainingError, UsageError
 from studio.specs import Event, TrainSpec
+from studio.trainers.evaluate import evaluate_loss
+from studio.trainers.loop import train
 
 Spec = Callable[..., TrainSpec]
 SEED = 3

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from studio.trainers.lora_layers import LoraLayers, target_layers
-from studio.trainers.methods.lora import LoraOptions
 from torch import nn
 
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import canonical_names, components_of
 from studio.errors import SpecError, TrainingError
 from studio.specs import TrainSpec, parse_spec
+from studio.trainers.lora_layers import LoraLayers, target_layers
+from studio.trainers.methods.lora import LoraOptions
 
 
 def full_size_unet(family: str) -> nn.Module:

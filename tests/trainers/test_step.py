@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from studio.trainers.runtime import rate_factor
-from studio.trainers.step import Batch, Latents, NoiseSchedule, Prompts, TrainStep
 
 from studio.data.batches import Samples
 from studio.data.folder import read_pictures
 from studio.errors import TrainingError
 from studio.specs import TrainSpec
+from studio.trainers.runtime import rate_factor
+from studio.trainers.step import Batch, Latents, NoiseSchedule, Prompts, TrainStep
 
 CPU = torch.device("cpu")
 

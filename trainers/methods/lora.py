@@ -12,10 +12,10 @@ from studio.specs.train import TrainSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from studio.trainers.base import ParameterGroup
-    from studio.trainers.lora_layers import LoraLayers
 
     from studio.adapters.adapter import Adapter
+    from studio.trainers.base import ParameterGroup
+    from studio.trainers.lora_layers import LoraLayers
 
 
 class LoraOptions(Options):

@@ -1,0 +1,363 @@
+"""The Python interface: load, train, compose, draw. The command line and the page's worker call the same."""
+
+import hashlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studio.adapters.files import load_adapter, save_adapter
+from studio.adapters.header import read_header
+from studio.composition.engine import compose
+from studio.errors import OutputError, UsageError
+from studio.generation import Settings, Stopped, draw, quiet, solver
+from studio.models.base import fingerprint, load_base
+from studio.models.device import resolve_device, resolve_dtype
+from studio.png import Facts, infotext, write_png
+from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec, parse_spec
+from studio.trainers import loop
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+    from studio.adapters.adapter import Adapter
+
+__all__ = [
+    "Result",
+    "TrainResult",
+    "compose",
+    "generate",
+    "generate_batch",
+    "load_adapter",
+    "load_base",
+    "save_adapter",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run left.
+
+    Attributes:
+        path: The adapter's file.
+        adapter: The same in memory.
+        losses: Loss of each optimizer step.
+        seconds: Time of all, the loading of the base included.
+        stopped: Whether it was asked to stop before its last step.
+    """
+
+    path: Path
+    adapter: "Adapter"
+    losses: tuple[float, ...]
+    seconds: float
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture.
+
+    Attributes:
+        image: The picture.
+        prompt: What it was asked to show.
+        seed: Of its noise.
+        infotext: Its settings in the form that other programs read.
+        path: Its file, or None if it was not written.
+    """
+
+    image: "Image"
+    prompt: str
+    seed: int
+    infotext: str
+    path: Path | None = None
+
+
+def train(
+    spec: TrainSpec, *, on_event: OnEvent | None = None, stop: Callable[[], bool] | None = None
+) -> TrainResult:
+    """Train an adapter and write its file; the base is bit for bit what it was before.
+
+    Args:
+        spec: The run.
+        on_event: Told of the report before the start, progress, samples and files.
+        stop: Asked between steps; a run that is stopped writes what it has.
+
+    Raises:
+        OutputError: If the output exists and may not be replaced, or cannot be written.
+        DataError: If the pictures cannot be used.
+        BaseModelError: If the base cannot be loaded.
+        TrainingError: If the run cannot start or go on.
+    """
+    start = time.monotonic()
+    _check_writable(spec.output, overwrite=spec.overwrite)
+    tell = on_event or _nobody
+    losses: list[float] = []
+    stops: list[bool] = []
+
+    def watch(event: Event) -> None:
+        if event.kind == "progress" and "loss" in event.values:
+            losses.append(event.values["loss"])
+        tell(event)
+
+    def asked() -> bool:
+        if stop is not None and stop():
+            stops.append(True)
+        return bool(stops)
+
+    # The CPU trains from fp32 weights whatever the forward pass computes in.
+    on_cpu = resolve_device(spec.device).type == "cpu"
+    pipe = _cached_base(spec.base, spec.device, "fp32" if on_cpu else spec.precision)
+    with quiet(pipe):
+        adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=_sampler(spec))
+    path = save_adapter(adapter, spec.output, format=spec.format, overwrite=spec.overwrite)
+    tell(Event(kind="saved", path=path, message=f"wrote {path}"))
+    seconds = time.monotonic() - start
+    values = {"seconds": seconds} | ({"loss": losses[-1]} if losses else {})
+    tell(Event(kind="finished", path=path, values=values))
+    return TrainResult(path, adapter, tuple(losses), seconds, bool(stops))
+
+
+def generate(
+    spec: GenerateSpec, *, on_event: OnEvent | None = None, stop: Callable[[], bool] | None = None
+) -> list[Result]:
+    """Draw the pictures of a request and write each as ``<index>-<seed>.png`` with its settings inside.
+
+    Args:
+        spec: The request.
+        on_event: Told of progress in denoising steps and of each written picture.
+        stop: Asked between denoising steps; the pictures finished by then are returned.
+
+    Raises:
+        OutputError: If a picture exists and may not be replaced, or cannot be written.
+        BaseModelError: If the base cannot be loaded.
+        AdapterError: If an adapter cannot be read or does not fit.
+    """
+    seeds = range(spec.seed, spec.seed + spec.count)
+    paths = [spec.output / f"{index:04d}-{seed}.png" for index, seed in enumerate(seeds)]
+    for path in paths:
+        _check_writable(path, overwrite=spec.overwrite)
+    tell = on_event or _nobody
+    results: list[Result] = []
+    try:
+        singles = [spec.model_copy(update={"seed": seed, "count": 1}) for seed in seeds]
+        for result in _draw_all(singles, batch_size=spec.batch_size, paths=paths, tell=tell, stop=stop):
+            results.append(result)
+            tell(Event(kind="picture", path=result.path, step=len(results), total=spec.count))
+    except Stopped:
+        tell(Event(kind="message", message=f"stopped after {len(results)} of {spec.count} pictures"))
+    tell(Event(kind="finished", path=spec.output, values={"pictures": float(len(results))}))
+    return results
+
+
+def generate_batch(
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    base: str = "starter",
+    adapters: Mapping[str | Path, float] | None = None,
+    method: str = "merge",
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 1,
+    negative_prompt: str = "",
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    width: int | None = None,
+    height: int | None = None,
+    scheduler: str = "default",
+    precision: str = "auto",
+    device: str = "auto",
+) -> Iterator[Result]:
+    """Yield a picture of every prompt with every seed, prompt by prompt, as they come; nothing is written.
+
+    The adapters stay on the base until the iterator is used up or closed.
+
+    Args:
+        prompts: What to draw.
+        seeds: Each prompt is drawn with each of these.
+        base: Base model.
+        adapters: Weight by adapter file.
+        method: How several adapters act together.
+        options: Of the method.
+        batch_size: Pictures drawn at once; it does not change their noise.
+        negative_prompt: What to steer away from.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 and less turn it off.
+        width: Pixels; None for the base's own.
+        height: Pixels; None for the base's own.
+        scheduler: Solver.
+        precision: Number type.
+        device: Where to draw.
+
+    Raises:
+        UsageError: If a value is out of range.
+        BaseModelError: If the base cannot be loaded.
+        AdapterError: If an adapter cannot be read or does not fit.
+    """
+    if isinstance(prompts, str):
+        raise UsageError("prompts must be a list of texts, got one text. Put it in a list.")
+    shared = {
+        "base": base,
+        "adapters": [AdapterUse(path=Path(path), weight=weight) for path, weight in (adapters or {}).items()],
+        "method": method,
+        "options": options or {},
+        "batch_size": batch_size,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "width": width,
+        "height": height,
+        "scheduler": scheduler,
+        "precision": precision,
+        "device": device,
+    }
+    specs = [
+        parse_spec(GenerateSpec, {**shared, "prompt": text, "seed": seed})
+        for text in prompts
+        for seed in seeds
+    ]
+    return _draw_all(specs, batch_size=batch_size)
+
+
+def _draw_all(
+    specs: Sequence[GenerateSpec],
+    *,
+    batch_size: int,
+    paths: Sequence[Path] = (),
+    tell: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[Result]:
+    """Yield each specification's picture, written if there are paths; only prompt and seed may differ."""
+    if not specs:
+        return
+    first = specs[0]
+    settings = Settings(first.negative_prompt, first.steps, first.guidance_scale, first.width, first.height)
+    total = first.steps * len(specs)
+    with ExitStack() as stack:
+        pipe = _cached_base(first.base, first.device, first.precision)
+        stack.enter_context(quiet(pipe))
+        sampler = stack.enter_context(solver(pipe, first.scheduler))
+        # Before composing: inside, the fingerprint would be that of the composed weights.
+        facts = _facts(pipe, first, sampler)
+        stack.enter_context(_composed(pipe, first))
+        for start in range(0, len(specs), batch_size):
+            batch = specs[start : start + batch_size]
+
+            def report(done: int, start: int = start, size: int = len(batch)) -> None:
+                if tell:
+                    tell(Event(kind="progress", step=first.steps * start + done * size, total=total))
+
+            images = draw(
+                pipe,
+                [spec.prompt for spec in batch],
+                [spec.seed for spec in batch],
+                settings=settings,
+                on_step=report,
+                stop=stop,
+            )
+            for index, (spec, image) in enumerate(zip(batch, images, strict=True), start):
+                known = replace(facts, width=image.width, height=image.height)
+                path = paths[index] if paths else None
+                text = write_png(image, path, spec, known) if path else infotext(spec, known)
+                yield Result(image, spec.prompt, spec.seed, text, path)
+
+
+def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextManager[Any]:
+    if not spec.adapters:
+        return ExitStack()
+    names = _names(spec.adapters)
+    adapters = {
+        name: load_adapter(use.path, base=pipe, name=name)
+        for name, use in zip(names, spec.adapters, strict=True)
+    }
+    weights = {name: use.weight for name, use in zip(names, spec.adapters, strict=True)}
+    return compose(pipe, adapters, method=spec.method, weights=weights, options=spec.options)
+
+
+def _names(uses: Sequence[AdapterUse]) -> list[str]:
+    """Return a name for each adapter: its file's stem, numbered where two are alike."""
+    names: list[str] = []
+    for use in uses:
+        stem, number = use.path.stem, 2
+        name = stem
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _facts(pipe: "DiffusionPipeline", spec: GenerateSpec, sampler: str) -> Facts:
+    return Facts(
+        width=0,
+        height=0,
+        sampler=sampler.removesuffix("Scheduler"),
+        model=Path(spec.base).name.removesuffix(".safetensors"),
+        model_hash=fingerprint(pipe),
+        adapter_hashes={
+            name: _tensor_hash(use.path)
+            for name, use in zip(_names(spec.adapters), spec.adapters, strict=True)
+        },
+    )
+
+
+def _tensor_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's tensors, by which other programs look adapters up."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(read_header(path).data_start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sampler(spec: TrainSpec) -> "Callable[[DiffusionPipeline, Adapter | None, str, int], Image]":
+    """Return what draws a training run's samples: the same way as `generate` draws."""
+    settings = Settings(steps=spec.sample_steps, width=spec.resolution, height=spec.resolution)
+
+    def sample(pipe: "DiffusionPipeline", adapter: "Adapter | None", prompt: str, seed: int) -> "Image":
+        with ExitStack() as stack:
+            stack.enter_context(solver(pipe, "default"))
+            if adapter is not None:
+                stack.enter_context(compose(pipe, {"adapter": adapter}))
+            return draw(pipe, [prompt], [seed], settings=settings)[0]
+
+    return sample
+
+
+_BASES: "OrderedDict[tuple[str, str, str], DiffusionPipeline]" = OrderedDict()
+_KEPT_BASES = 1
+
+
+def _cached_base(base: str, device: str, precision: str) -> "DiffusionPipeline":
+    """Return the pipeline of the last run if it is the same, else load it and let the older one go first."""
+    place = resolve_device(device)
+    key = (base, str(place), str(resolve_dtype(precision, place)))
+    if key not in _BASES:
+        while len(_BASES) >= _KEPT_BASES:
+            _BASES.popitem(last=False)
+        _BASES[key] = load_base(base, device=device, precision=precision)
+    _BASES.move_to_end(key)
+    return _BASES[key]
+
+
+def _check_writable(path: Path, *, overwrite: bool) -> None:
+    """Make the folder of an output and refuse before the work what would fail after it."""
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a folder where a file is to be written. Choose another output.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"'{path}' exists. Choose another output or give --overwrite.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder '{path.parent}': {error.strerror or error}.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"the folder '{path.parent}' may not be written to. Choose another output.")
+
+
+def _nobody(_: Event) -> None:
+    """Take an event that nobody asked for."""

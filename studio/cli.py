@@ -1,0 +1,292 @@
+"""The ``studio`` command. Commands that do no model work import no torch, so they answer at once."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from studio import __version__
+from studio.errors import StudioError, UsageError
+from studio.flags import Parser, read_spec_arguments
+from studio.interrupt import SafeStop
+from studio.registry import COMPOSERS, FORMATS, KINDS, TRAINERS, nearest
+from studio.specs import GenerateSpec, TrainSpec
+
+Command = Callable[[Parser, Sequence[str]], int]
+INTERRUPTED = 130
+
+
+def train(parser: Parser, argv: Sequence[str]) -> int:
+    """Fit an adapter to a folder of pictures."""
+    parser.epilog = (
+        "Ctrl-C stops safely and saves what is there; a second one gives up.\n\n"
+        "  studio train --data my_dog/ --prompt 'a photo of sks dog' --output dog.safetensors"
+    )
+    spec, _ = read_spec_arguments(parser, TrainSpec, argv)
+    from studio.progress import Progress
+
+    with SafeStop() as stop, Progress("training", say) as on_event:
+        from studio import api
+
+        result = api.train(spec, on_event=on_event, stop=stop)
+    loss = f", last loss {result.losses[-1]:.4f}" if result.losses else ""
+    print(f"{result.path}: {len(result.losses)} of {spec.steps} steps in {result.seconds:.0f} s{loss}")
+    return INTERRUPTED if result.stopped else 0
+
+
+def generate(parser: Parser, argv: Sequence[str]) -> int:
+    """Draw pictures of a prompt, with or without adapters."""
+    parser.epilog = (
+        "  studio generate --prompt 'a photo of sks dog' --adapter dog.safetensors:0.8 --seed 1 --count 4\n"
+        "  studio generate --from out/0000-1.png --output again/"
+    )
+    parser.add_argument(
+        "--from", dest="picture", type=Path, metavar="PNG", help="picture whose settings to take; flags win"
+    )
+    given = _picture_settings(argv)
+    spec, _ = read_spec_arguments(parser, GenerateSpec, argv, given=given)
+    from studio.progress import Progress
+
+    with SafeStop() as stop, Progress("drawing", say) as on_event:
+        from studio import api
+
+        results = api.generate(spec, on_event=on_event, stop=stop)
+    for result in results:
+        print(result.path)
+    return INTERRUPTED if len(results) < spec.count else 0
+
+
+def ui(parser: Parser, argv: Sequence[str]) -> int:
+    """Serve the page."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on [%(default)s]")
+    arguments = parser.parse_args(argv)
+    from studio.ui.app import serve
+
+    serve(arguments.host, arguments.port)
+    return 0
+
+
+def doctor(parser: Parser, argv: Sequence[str]) -> int:
+    """Show versions, devices and folders, what is wrong and how to mend it."""
+    parser.parse_args(argv)
+    from studio.doctor import examine
+
+    marks = {"ok": "  ", "none": "- ", "warn": "! ", "bad": "X "}
+    bad = 0
+    for finding in examine():
+        print(f"{marks[finding.state]}{finding.name:<18} {finding.text}", flush=True)
+        if finding.remedy:
+            print(f"  {'':<18} mend: {finding.remedy}")
+        bad += finding.state == "bad"
+    print("everything needed is there" if not bad else f"{bad} thing{'s' * (bad > 1)} to mend, marked X")
+    return 1 if bad else 0
+
+
+def show_names(parser: Parser, argv: Sequence[str]) -> int:
+    """List methods, formats, schedulers and base models."""
+    parser.parse_args(argv)
+    from typing import get_args
+
+    tables: dict[str, dict[str, str]] = {
+        "training methods (studio train --method)": _described(TRAINERS),
+        "composition methods (studio generate --method)": _described(COMPOSERS),
+        "adapter formats (studio train --format, studio convert --format)": _described(FORMATS),
+        "adapter kinds": _described(KINDS),
+        "schedulers (studio generate --scheduler)": {
+            name: "" for name in get_args(GenerateSpec.model_fields["scheduler"].annotation)
+        },
+        "base models (--base)": {
+            "starter": "The small model that comes with the studio.",
+            "FOLDER": "A diffusers folder.",
+            "FILE.safetensors": "A single-file checkpoint.",
+            "OWNER/NAME": "A model of the Hugging Face hub; `studio doctor` names those already downloaded.",
+        },
+    }
+    for title, rows in tables.items():
+        print(title)
+        for name, text in rows.items():
+            print(f"  {name:<18} {text}".rstrip())
+    return 0
+
+
+def inspect(parser: Parser, argv: Sequence[str]) -> int:
+    """Show what an adapter file holds, without loading it."""
+    parser.add_argument("file", type=Path, help="a .safetensors file")
+    arguments = parser.parse_args(argv)
+    from studio.inspection import describe
+
+    for line in describe(arguments.file):
+        print(line)
+    return 0
+
+
+def convert(parser: Parser, argv: Sequence[str]) -> int:
+    """Write an adapter file in another format."""
+    parser.add_argument("file", type=Path, help="the adapter to read")
+    parser.add_argument("--format", default="diffusers", metavar="NAME", help="to write [%(default)s]")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write")
+    parser.add_argument("--base", default="starter", help="base model it was trained on [%(default)s]")
+    parser.add_argument(
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace the output"
+    )
+    arguments = parser.parse_args(argv)
+    FORMATS[arguments.format]
+    from studio.inspection import refuse_existing
+
+    refuse_existing(arguments.output, overwrite=arguments.overwrite)
+    from studio import api
+
+    adapter = api.load_adapter(
+        arguments.file, base=api.load_base(arguments.base, device="cpu", precision="fp32")
+    )
+    path = api.save_adapter(adapter, arguments.output, format=arguments.format, overwrite=arguments.overwrite)
+    print(path)
+    return 0
+
+
+def jobs(parser: Parser, argv: Sequence[str]) -> int:
+    """List the page's jobs, cancel one or try one again."""
+    parser.add_argument("action", nargs="?", choices=["list", "cancel", "retry"], default="list")
+    parser.add_argument("job", nargs="?", type=int, help="number of the job to cancel or retry")
+    arguments = parser.parse_args(argv)
+    from studio.jobs import JobStore, workspace
+
+    store = JobStore(workspace().database)
+    if arguments.action == "list":
+        _print_jobs(store.list())
+        return 0
+    if arguments.job is None:
+        raise UsageError(f"which job? studio jobs {arguments.action} NUMBER; `studio jobs` lists them.")
+    state = store.cancel(arguments.job) if arguments.action == "cancel" else store.retry(arguments.job).state
+    print(f"job {arguments.job}: {'stopping' if state == 'running' else state}")
+    return 0
+
+
+def demo(parser: Parser, argv: Sequence[str]) -> int:
+    """Train an adapter for a new subject, draw with and without it, and show both."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        metavar="FOLDER",
+        help="where to put the results [%(default)s]",
+    )
+    arguments = parser.parse_args(argv)
+    from studio.progress import Progress
+
+    with Progress("demo", say) as on_event:
+        from studio.demo import run
+
+        report = run(arguments.output, on_event=on_event)
+    for line in report.lines():
+        print(line)
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "generate": generate,
+    "ui": ui,
+    "demo": demo,
+    "inspect": inspect,
+    "convert": convert,
+    "jobs": jobs,
+    "list": show_names,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 failed, 2 wrong usage, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except StudioError as error:
+        if debug:
+            traceback.print_exc()
+        lines = str(error).splitlines() or [type(error).__name__]
+        say(f"error: {lines[0]}", *(f"       {line}" for line in lines[1:]))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 1
+
+
+def say(*lines: str) -> None:
+    """Print lines for the person who watches; results go to standard output instead."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else UsageError.exit_code
+    if words[0] == "--version":
+        print(f"diffusion-studio {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise UsageError(
+            f"unknown command '{name}'.{nearest(name, list(COMMANDS))} Commands: {', '.join(COMMANDS)}."
+        )
+    command = COMMANDS[name]
+    parser = Parser(prog=f"studio {name}", description=command.__doc__)
+    if command in (train, generate):
+        parser.usage = f"studio {name} [options]"
+    try:
+        return command(parser, rest)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _overview() -> str:
+    rows = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    usage = "usage: studio COMMAND [options]      studio COMMAND --help      studio --version"
+    return "\n".join([usage, "", *rows, "", "--debug shows where an error came from."])
+
+
+def _picture_settings(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(add_help=False)
+    parser.add_argument("--from", dest="picture", type=Path)
+    picture = parser.parse_known_args(argv)[0].picture
+    if picture is None or {"-h", "--help"} & set(argv):
+        return {}
+    from studio.png import NOT_OF_THE_PICTURE, read_spec
+
+    return read_spec(picture).model_dump(exclude=set(NOT_OF_THE_PICTURE))
+
+
+def _described(registry: Any) -> dict[str, str]:
+    lines = {name: (registry[name].__doc__ or "").strip().partition("\n")[0] for name in registry.names()}
+    return {name: line.replace("``", "") for name, line in lines.items()}
+
+
+def _print_jobs(rows: Sequence[Any]) -> None:
+    from datetime import datetime
+
+    if not rows:
+        print("no jobs yet; the page (studio ui) makes them")
+    for job in rows:
+        when = datetime.fromtimestamp(job.submitted).strftime("%Y-%m-%d %H:%M")
+        what = job.message or job.spec.get("prompt") or ""
+        print(f"{job.id:>5}  {job.kind:<9} {job.state:<12} {when}  {what}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Command-line flags made from a specification's fields, and a TOML file below them.
+
+Values stay text until the specification validates them, so TOML, flags and the page judge a value in one
+place and in the same words, and all problems are found at once.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from studio.errors import SpecError, UsageError
+from studio.registry import nearest
+from studio.specs import MethodSpec, allows_none, settable
+from studio.specs.base import problems_of
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes ``--a_b`` for ``--a-b``, guesses no abbreviations and raises instead of exiting."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options | {"allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse after spelling known flags the way they are declared."""
+        return super().parse_known_args([self._spelled(item) for item in args or ()], namespace)
+
+    def _spelled(self, item: str) -> str:
+        name, equals, value = item.partition("=")
+        hyphened = name.replace("_", "-")
+        return hyphened + equals + value if hyphened in self._option_string_actions else item
+
+    def flag_names(self) -> list[str]:
+        """Return the long flags that the parser knows."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+
+def read_spec_arguments(
+    parser: Parser, spec_type: type[S], argv: Sequence[str], *, given: Mapping[str, Any] | None = None
+) -> tuple[S, argparse.Namespace]:
+    """Return the specification of ``defaults < given < TOML < flags`` and the parser's own arguments.
+
+    Args:
+        parser: Holds the command's own flags; those of the specification are added to it.
+        spec_type: What the flags describe.
+        argv: The words after the command.
+        given: Values below all others, such as those of a picture.
+
+    Raises:
+        SpecError: Lists every problem: unreadable TOML keys, unknown flags, bad values.
+        UsageError: A flag lacks its value, or the TOML file cannot be read.
+    """
+    config, method = _early(argv)
+    above = _flat(read_toml(config) if config else {})
+    wanted = method or above.get("method")
+    below = _flat(given or {})
+    if wanted and wanted != below.get("method"):
+        # The options of another method than the wanted one mean nothing.
+        below = {name: value for name, value in below.items() if name in spec_type.model_fields}
+    below |= above
+    method = method or str(below.get("method") or spec_type.model_fields["method"].default)
+    add_fields(parser, spec_type, method)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with any of these options; flags win."
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    fields = settable(spec_type, method)
+    flags = {
+        name: _pairs(value) if _is_mapping(fields[name]) else value
+        for name, value in vars(arguments).items()
+        if name in fields
+    }
+    problems = _unknown(parser, rest)
+    merged = {**below, **flags}
+    try:
+        spec = spec_type.model_validate(merged)
+    except ValidationError as error:
+        raise SpecError(problems + problems_of(error, spec_type, merged)) from None
+    if problems:
+        raise SpecError(problems)
+    return spec, arguments
+
+
+def add_fields(parser: argparse.ArgumentParser, spec_type: type[BaseModel], method: str) -> None:
+    """Add one flag per field of the specification and of the method's options."""
+    own = parser.add_argument_group("options")
+    others = None
+    if issubclass(spec_type, MethodSpec) and method in spec_type.registry.names():
+        others = parser.add_argument_group(f"options of the {spec_type.registry.noun} '{method}'")
+    for name, field in settable(spec_type, method).items():
+        group = own if name in spec_type.model_fields or others is None else others
+        _add_field(group, name, field)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the keys of a TOML file.
+
+    Raises:
+        UsageError: If it cannot be read; names the line where it is malformed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config file '{path}': {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the config file '{path}' is not valid TOML: {error}.") from None
+
+
+def _early(argv: Sequence[str]) -> tuple[Path | None, str | None]:
+    """Find the config file and the method, on which the set of flags depends."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--method")
+    arguments, _ = parser.parse_known_args(argv)
+    return arguments.config, arguments.method
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document's keys with underscores, those of its ``[options]`` table among them."""
+    values = {key.replace("-", "_"): value for key, value in document.items()}
+    options = values.get("options")
+    if isinstance(options, Mapping):
+        del values["options"]
+        values |= {key.replace("-", "_"): value for key, value in options.items()}
+    return values
+
+
+def _add_field(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    flags = ["--" + name.replace("_", "-")]
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+    if kinds == [bool]:
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **settings)
+        return
+    if any(get_origin(kind) in (tuple, list, frozenset, set) for kind in kinds):
+        if name.endswith("s"):
+            flags.insert(0, flags[0][:-1])
+        settings |= {"action": "append"}
+    elif _is_mapping(field):
+        settings |= {"action": "append", "metavar": "KEY=VALUE"}
+    settings.setdefault("metavar", _metavar(kinds))
+    group.add_argument(*flags, **settings)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _alternatives(part)]
+    return [annotation]
+
+
+def _is_mapping(field: FieldInfo) -> bool:
+    return any(
+        isinstance(origin := get_origin(kind) or kind, type) and issubclass(origin, Mapping)
+        for kind in _alternatives(field.annotation)
+    )
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, equals, value = item.rpartition("=")
+        if not equals:
+            raise UsageError(f"'{item}' must be KEY=VALUE.")
+        pairs[key] = value
+    return pairs
+
+
+def _metavar(kinds: Sequence[Any]) -> str:
+    words = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if words:
+        return "{" + ",".join(words) + "}"
+    kind = kinds[0] if kinds else str
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if field.is_required():
+        text += " Required."
+    elif isinstance(field.default, bool):
+        text += f" [{'on' if field.default else 'off'}]"
+    elif field.default is not None and field.default != "" and field.default != ():
+        text += f" [{field.default}]"
+    if allows_none(field) and field.default is not None:
+        text += " ('none' for none)"
+    return text.replace("%", "%%")
+
+
+def _unknown(parser: Parser, rest: Sequence[str]) -> list[str]:
+    known = parser.flag_names()
+    problems = []
+    for item in rest:
+        name = item.partition("=")[0]
+        if name.startswith("-") and len(name) > 1 and not name[1].isdigit():
+            problems.append(f"{name}: unknown option.{nearest(name.replace('_', '-'), known)}")
+    return problems or [f"{item}: unexpected argument." for item in rest]

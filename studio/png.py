@@ -1,0 +1,167 @@
+"""What a picture's file says about how it was made: text for other programs, and all that makes it again.
+
+Two text chunks. ``parameters`` is the format that A1111 started and most programs and sites read. ``studio``
+is JSON ``{"format": 1, "spec": {...}, "facts": {...}}`` with everything that decides the picture.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studio import __version__
+from studio.errors import OutputError, SpecError, UsageError
+from studio.specs import GenerateSpec, parse_spec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = 1
+MAX_CHUNK = 256 * 1024
+# Where a picture goes and on what machine it is made is the affair of who makes it again, never of the file.
+NOT_OF_THE_PICTURE = frozenset({"output", "overwrite", "device", "batch_size", "count"})
+SAMPLERS = {
+    "ddim": "DDIM",
+    "dpm++2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler-ancestral": "Euler a",
+    "heun": "Heun",
+    "pndm": "PLMS",
+    "unipc": "UniPC",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a picture's specification does not say.
+
+    Attributes:
+        width: Pixels.
+        height: Pixels.
+        sampler: Class of the solver that ran.
+        model: Name of the base model.
+        model_hash: Fingerprint of the base model, hexadecimal.
+        adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal.
+        version: Of this program.
+    """
+
+    width: int
+    height: int
+    sampler: str = ""
+    model: str = ""
+    model_hash: str = ""
+    adapter_hashes: Mapping[str, str] = field(default_factory=dict)
+    version: str = __version__
+
+
+def infotext(spec: GenerateSpec, facts: Facts) -> str:
+    """Return the picture's settings in the form that A1111 reads."""
+    tags = [f"<lora:{use.path.stem}:{use.weight:g}>" for use in spec.adapters]
+    lines = [" ".join([spec.prompt, *tags])]
+    if spec.negative_prompt:
+        lines.append(f"Negative prompt: {spec.negative_prompt}")
+    settings = {
+        "Steps": spec.steps,
+        "Sampler": SAMPLERS.get(spec.scheduler, facts.sampler),
+        "CFG scale": f"{spec.guidance_scale:g}",
+        "Seed": spec.seed,
+        "Size": f"{facts.width}x{facts.height}",
+        "Model hash": facts.model_hash[:10],
+        "Model": facts.model,
+        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in facts.adapter_hashes.items()),
+        "Version": f"diffusion-studio {facts.version}",
+    }
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value != ""))
+    return "\n".join(lines)
+
+
+def write_png(image: "Image", path: Path, spec: GenerateSpec, facts: Facts) -> str:
+    """Write one picture with its settings, whole or not at all, and return its infotext.
+
+    Args:
+        image: The picture.
+        path: The file; its folder exists.
+        spec: What made it, with the picture's own seed.
+        facts: What the specification does not say.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    text = infotext(spec, facts)
+    document = {
+        "format": FORMAT,
+        "spec": spec.model_dump(mode="json", exclude=set(NOT_OF_THE_PICTURE)),
+        "facts": asdict(facts),
+    }
+    chunks = PngInfo()
+    chunks.add_text("parameters", text)
+    chunks.add_text("studio", json.dumps(document))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(unfinished, format="PNG", pnginfo=chunks)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from None
+    return text
+
+
+def read_spec(path: str | Path) -> GenerateSpec:
+    """Return what makes the picture again: its seed, one picture, the reader's own output folder and device.
+
+    Raises:
+        UsageError: If it is no PNG, or says nothing, or what it says is too long or malformed.
+    """
+    document = _document(Path(path))
+    spec = document.get("spec")
+    if document.get("format") != FORMAT or not isinstance(spec, dict):
+        raise UsageError(
+            f"'{path}' was written by another version of this program: format {document.get('format')!r}, "
+            f"this one reads {FORMAT}. Its settings as text are in its 'parameters' chunk."
+        )
+    foreign = sorted(NOT_OF_THE_PICTURE & spec.keys())
+    try:
+        if foreign:
+            raise SpecError([f"{name}: does not belong into a picture." for name in foreign])
+        return parse_spec(GenerateSpec, spec)
+    except SpecError as error:
+        raise SpecError([f"the settings in '{path}' are not valid:", *error.problems]) from None
+
+
+def _document(path: Path) -> dict[str, Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Opening reads the chunks before the pixels and bounds their length; no pixel is decoded.
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get("studio")
+    except FileNotFoundError:
+        raise UsageError(f"there is no file '{path}'.") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"'{path}' is not a PNG picture.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"'{path}' cannot be read: {error}.") from None
+    if not isinstance(text, str):
+        raise UsageError(
+            f"'{path}' holds no settings of this program. Only pictures it drew, unedited, hold them."
+        )
+    if len(text) > MAX_CHUNK:
+        raise UsageError(
+            f"the settings in '{path}' have {len(text)} characters, at most {MAX_CHUNK} are read. "
+            "Choose a picture that this program drew."
+        )
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError(f"the settings in '{path}' are damaged: not JSON.") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"the settings in '{path}' are damaged: not an object.")
+    return document
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value

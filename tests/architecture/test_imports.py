@@ -1,0 +1,174 @@
+"""Who may import whom, and what must load without torch."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {
+    "studio": "studio",
+    "assets": "studio.assets",
+    "composition": "studio.composition",
+    "kernels": "studio.kernels",
+    "trainers": "studio.trainers",
+    "ui": "studio.ui",
+}
+SHARED = ("studio.errors", "studio.registry", "studio.specs")
+CORE = ("studio.adapters", "studio.data", "studio.models")
+# From each part to the parts that it may import, itself apart.
+ALLOWED = {
+    "studio.kernels": (),
+    "studio.errors": (),
+    "studio.registry": ("studio.errors",),
+    "studio.specs": ("studio.errors", "studio.registry"),
+    **dict.fromkeys(CORE, (*SHARED, *CORE, "studio.kernels")),
+    "studio.assets": (*SHARED, *CORE, "studio.kernels"),
+    "studio.trainers": (*SHARED, *CORE, "studio.kernels"),
+    "studio.composition": (*SHARED, *CORE, "studio.kernels"),
+}
+PARTS = (*ALLOWED, "studio.ui", "studio.cli", "studio")
+TORCH_FREE = (
+    "studio",
+    "studio.cli",
+    "studio.errors",
+    "studio.flags",
+    "studio.inspection",
+    "studio.jobs",
+    "studio.png",
+    "studio.progress",
+    "studio.registry",
+    "studio.specs",
+    "studio.workspace",
+    "studio.worker",
+)
+TORCH_FREE_FOLDERS = (
+    "ui",
+    "trainers/methods",
+    "composition/methods",
+    "studio/adapters/kinds",
+    "studio/adapters/formats",
+)
+
+
+def module_of(path: Path) -> str:
+    """Return the installed name of a file of the checkout."""
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
+
+
+def sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def part_of(module: str) -> str:
+    """Return the longest part that a module lies in; the top modules of the core are the part ``studio``."""
+    return max((part for part in PARTS if module == part or module.startswith(part + ".")), key=len)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+            if not node.level and node.module == "studio":
+                yield from (f"studio.{alias.name}" for alias in node.names)
+
+
+def forbidden(module: str, name: str) -> bool:
+    """Say whether a module of ours may not import that name."""
+    top = name.partition(".")[0]
+    if name.startswith(".") or (top in FOLDERS and top != "studio"):
+        return True
+    own = part_of(module)
+    if own == "studio.kernels":
+        standard = top in sys.stdlib_module_names
+        return not (standard or top in ("torch", "triton") or name.startswith("studio.kernels"))
+    if top != "studio" or name == "studio":
+        # The package itself offers only lazy names: the parts below must not reach up through it.
+        return name == "studio" and own in ALLOWED
+    other = part_of(name)
+    if own in ALLOWED:
+        return other not in (own, *ALLOWED[own])
+    # Only the command line starts the page, and only the page uses the page.
+    return other == "studio.ui" and own not in ("studio.ui", "studio.cli")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+    module = module_of(path)
+    found = set(imports(ast.parse(path.read_text(encoding="utf-8"))))
+    assert sorted(name for name in found if forbidden(module, name)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        ("studio.trainers.loop", "studio.composition.engine", True),
+        ("studio.composition.engine", "studio.trainers", True),
+        ("studio.composition.engine", "studio.kernels.merge_bank", False),
+        ("studio.adapters.bank", "studio.api", True),
+        ("studio.kernels.merge_bank", "studio.errors", True),
+        ("studio.kernels.merge_bank", "numpy", True),
+        ("studio.kernels.merge_bank", "torch.nn", False),
+        ("studio.specs.train", "studio.adapters.files", True),
+        ("studio.api", "studio.trainers.loop", False),
+        ("studio.api", "studio.ui.app", True),
+        ("studio.cli", "studio.ui.app", False),
+        ("studio.ui.app", "kernels", True),
+        ("studio.ui.app", ".forms", True),
+        ("studio.models.base", "studio", True),
+    ],
+)
+def test_the_rule_itself(module: str, name: str, wrong: bool) -> None:
+    assert forbidden(module, name) is wrong
+
+
+def run(code: str, *, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def torch_free_modules() -> list[str]:
+    found = [path for folder in TORCH_FREE_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+    return [*TORCH_FREE, *(module_of(path) for path in found)]
+
+
+def test_light_modules_load_without_torch(tmp_path: Path) -> None:
+    code = f"""
+import importlib, json, sys
+heavy = []
+for name in {torch_free_modules()!r}:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        heavy.append(name)
+        break
+print(json.dumps(heavy))
+"""
+    assert json.loads(run(code, cwd=tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "train --help", "generate --help", "list", "jobs", "inspect FILE"]
+)
+def test_light_commands_load_no_torch(words: str, tmp_path: Path) -> None:
+    entry = {"lora_unet_x.lora_down.weight": {"dtype": "F16", "shape": [1, 2], "data_offsets": [0, 4]}}
+    header = json.dumps(entry).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    argv = [word.replace("FILE", "x.safetensors") for word in words.split()]
+    end = f"sys.exit(main({argv!r}) or 'torch' in sys.modules)"
+    code = f"import sys; from studio.cli import main; {end}"
+    run(code, cwd=tmp_path)
+
+
+def test_the_package_and_diffusers_work_from_the_root_of_the_checkout_beside_our_kernels_folder() -> None:
+    run(
+        "import studio, diffusers; diffusers.StableDiffusionPipeline;"
+        "assert all(hasattr(studio, name) for name in studio.__all__) and not hasattr(studio, 'x')"
+    )

@@ -1,0 +1,192 @@
+"""What all tests share: no network, one thread, and real pipelines at a size that takes no time."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The root of the checkout holds folders named `kernels` and `ui`; tests must see the installed names only.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+@pytest.fixture(autouse=True)
+def _own_workspace(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Keep every test out of the user's own workspace folder."""
+    monkeypatch.setenv("STUDIO_HOME", str(tmp_path_factory.mktemp("home")))
+    yield
+
+
+def _tokenizer() -> Any:
+    """Return a CLIP tokenizer without merges: each byte is a token, so it encodes any text."""
+    from transformers import CLIPTokenizer
+
+    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in kept]
+    letters = [chr(byte) for byte in kept] + [chr(256 + index) for index in range(len(others))]
+    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def _text_config(projection: int = 32) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+
+
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def _build_sd() -> "StableDiffusionPipeline":
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            layers_per_block=2,
+            attention_head_dim=4,
+            cross_attention_dim=32,
+            norm_num_groups=8,
+        )
+        pipe = StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config()),
+            tokenizer=_tokenizer(),
+            unet=unet,
+            scheduler=_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _ready(pipe)
+
+
+def _build_sdxl() -> "StableDiffusionXLPipeline":
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            attention_head_dim=(2, 4, 4),
+            transformer_layers_per_block=(1, 1, 2),
+            cross_attention_dim=64,
+            use_linear_projection=True,
+            norm_num_groups=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        )
+        pipe = StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config()),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+            tokenizer=_tokenizer(),
+            tokenizer_2=_tokenizer(),
+            unet=unet,
+            scheduler=_scheduler(),
+            add_watermarker=False,
+        )
+    return _ready(pipe)
+
+
+def _ready(pipe: Any) -> Any:
+    for component in pipe.components.values():
+        if hasattr(component, "requires_grad_"):
+            component.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _factory(build: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that copies one pipeline, built at its first call."""
+    built: list[Any] = []
+
+    def fresh() -> Any:
+        if not built:
+            built.append(build())
+        original = built[0]
+        components = {
+            name: deepcopy(part) if hasattr(part, "parameters") or name == "scheduler" else part
+            for name, part in original.components.items()
+        }
+        xl = "tokenizer_2" in components
+        own = {"add_watermarker": False} if xl else {"requires_safety_checker": False}
+        return _ready(type(original)(**components, **own))
+
+    return fresh
+
+
+@pytest.fixture(scope="session")
+def tiny_sd() -> Callable[[], "StableDiffusionPipeline"]:
+    """Return a factory of fresh SD 1.x pipelines: four levels of 32 channels, 8 x 8 latents, 64 px."""
+    return _factory(_build_sd)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl() -> Callable[[], "StableDiffusionXLPipeline"]:
+    """Return a factory of fresh SDXL pipelines: three levels of 32 channels, two text encoders, 64 px."""
+    return _factory(_build_sdxl)

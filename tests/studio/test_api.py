@@ -1,0 +1,245 @@
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import studio
+from studio import api
+from studio.errors import BaseModelError, OutputError, UsageError
+from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
+
+
+def training(base: str, data: Path, output: Path, **values: Any) -> TrainSpec:
+    given = {"steps": 3, "rank": 2, "batch_size": 1, "warmup_steps": 0, "prompt": "sks disc", **values}
+    return parse_spec(TrainSpec, {"base": base, "data": data, "output": output, **given})
+
+
+def drawing(base: str, output: Path, **values: Any) -> GenerateSpec:
+    return parse_spec(
+        GenerateSpec, {"base": base, "prompt": "a disc", "steps": 3, "output": output, **values}
+    )
+
+
+def weights_of(base: str) -> dict[str, torch.Tensor]:
+    pipe = api._cached_base(base, "auto", "fp32")
+    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+
+
+def pixels(image: Image.Image) -> "np.ndarray[Any, np.dtype[np.int16]]":
+    return np.asarray(image).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> api.TrainResult:
+    folder = tmp_path_factory.mktemp("trained")
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    spec = training(tiny_base, folder, folder / "disc.safetensors", steps=6, learning_rate=0.3)
+    return api.train(spec)
+
+
+def test_training_writes_the_adapter_and_leaves_the_base_alone(
+    tiny_base: str, pictures: Path, tmp_path: Path
+) -> None:
+    before = weights_of(tiny_base)
+    events: list[Event] = []
+    result = studio.train(
+        training(tiny_base, pictures, tmp_path / "new" / "x.safetensors"), on_event=events.append
+    )
+    assert result.path == tmp_path / "new" / "x.safetensors" and result.path.is_file()
+    assert len(result.losses) == 3 and not result.stopped
+    assert events[0].kind == "report"
+    assert [event.kind for event in events][-2:] == ["saved", "finished"]
+    after = weights_of(tiny_base)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    loaded = studio.load_adapter(result.path, base=api._cached_base(tiny_base, "auto", "fp32"))
+    assert loaded.changes.keys() == result.adapter.changes.keys()
+
+
+def test_an_existing_output_is_refused_before_anything_is_loaded(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    output.write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"x.safetensors' exists.*--overwrite"):
+        api.train(training("no/such-base", pictures, output))
+    assert output.read_bytes() == b"mine"
+    with pytest.raises(BaseModelError):
+        api.train(training(str(tmp_path / "no-such-base"), pictures, output, overwrite=True))
+    assert output.read_bytes() == b"mine"
+
+
+def test_a_stopped_training_saves_what_it_has(tiny_base: str, pictures: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def count(event: Event) -> None:
+        if event.kind == "progress":
+            done.append(event.step)
+
+    spec = training(tiny_base, pictures, tmp_path / "x.safetensors", steps=50)
+    result = api.train(spec, on_event=count, stop=lambda: bool(done) and done[-1] >= 2)
+    assert result.stopped and len(result.losses) == 2 and result.path.is_file()
+
+
+def test_samples_are_drawn_by_the_generation_code(tiny_base: str, pictures: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    spec = training(tiny_base, pictures, tmp_path / "x.safetensors", sample_every=2, sample_steps=2)
+    api.train(spec, on_event=events.append)
+    samples = [event for event in events if event.kind == "sample"]
+    assert samples and all(event.path and Image.open(event.path).size == (64, 64) for event in samples)
+
+
+def test_pictures_are_named_by_index_and_seed_and_carry_their_spec(tiny_base: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    results = studio.generate(drawing(tiny_base, tmp_path / "out", seed=5, count=2), on_event=events.append)
+    assert [result.path and result.path.name for result in results] == ["0000-5.png", "0001-6.png"]
+    assert [event.path for event in events if event.kind == "picture"] == [result.path for result in results]
+    steps = [event.step for event in events if event.kind == "progress"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert results[1].infotext == Image.open(tmp_path / "out" / "0001-6.png").info["parameters"]
+    assert "Seed: 6, Size: 64x64" in results[1].infotext
+
+
+@pytest.mark.parametrize("scheduler", ["default", "euler-ancestral"])
+def test_the_batch_size_does_not_change_a_picture(tiny_base: str, tmp_path: Path, scheduler: str) -> None:
+    one = api.generate(drawing(tiny_base, tmp_path / "one", count=3, scheduler=scheduler))
+    three = api.generate(drawing(tiny_base, tmp_path / "three", count=3, scheduler=scheduler, batch_size=2))
+    for left, right in zip(one, three, strict=True):
+        # One level: sums of another batch size round differently.
+        assert np.abs(pixels(left.image) - pixels(right.image)).max() <= 1
+    assert np.abs(pixels(one[0].image) - pixels(one[1].image)).max() > 10
+
+
+def test_a_picture_makes_itself_again(tiny_base: str, trained: api.TrainResult, tmp_path: Path) -> None:
+    spec = drawing(
+        tiny_base,
+        tmp_path / "first",
+        adapters=[f"{trained.path}:0.7"],
+        seed=3,
+        count=2,
+        scheduler="euler-ancestral",
+        guidance_scale=3,
+        negative_prompt="dull",
+        width=72,
+    )
+    first = api.generate(spec)
+    from studio.png import read_spec
+
+    again = read_spec(tmp_path / "first" / "0001-4.png").model_copy(update={"output": tmp_path / "again"})
+    second = api.generate(again)
+    assert len(second) == 1 and second[0].seed == 4
+    assert np.array_equal(pixels(first[1].image), pixels(second[0].image))
+    assert first[1].infotext == second[0].infotext
+
+
+def test_an_adapter_and_its_weight_change_the_picture_and_nothing_stays(
+    tiny_base: str, trained: api.TrainResult, tmp_path: Path
+) -> None:
+    before = weights_of(tiny_base)
+
+    def draw(name: str, *adapters: str) -> "np.ndarray[Any, np.dtype[np.int16]]":
+        return pixels(api.generate(drawing(tiny_base, tmp_path / name, adapters=adapters))[0].image)
+
+    plain, half, full = draw("a"), draw("b", f"{trained.path}:0.5"), draw("c", str(trained.path))
+    assert not np.array_equal(plain, half) and not np.array_equal(half, full)
+    assert np.array_equal(plain, draw("d", f"{trained.path}:0"))
+    after = weights_of(tiny_base)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_adapters_hash_is_that_of_its_tensors(
+    tiny_base: str, trained: api.TrainResult, tmp_path: Path
+) -> None:
+    (result,) = api.generate(drawing(tiny_base, tmp_path, adapters=[str(trained.path)]))
+    data = trained.path.read_bytes()
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert f'Lora hashes: "disc: {digest[:12]}"' in result.infotext
+    assert "Model: tiny" in result.infotext and "<lora:disc:1>" in result.infotext
+
+
+def test_existing_pictures_are_refused_all_before_the_first(tiny_base: str, tmp_path: Path) -> None:
+    (tmp_path / "0001-1.png").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"0001-1.png' exists"):
+        api.generate(drawing(tiny_base, tmp_path, count=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["0001-1.png"]
+    assert len(api.generate(drawing(tiny_base, tmp_path, count=2, overwrite=True))) == 2
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tiny_base: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        api.generate(drawing(tiny_base, tmp_path / "file" / "out"))
+
+
+def test_a_stopped_drawing_keeps_the_finished_pictures(tiny_base: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    results = api.generate(
+        drawing(tiny_base, tmp_path, count=3),
+        on_event=events.append,
+        stop=lambda: sum(event.kind == "progress" for event in events) >= 5,
+    )
+    assert [result.path for result in results] == sorted(tmp_path.iterdir()) and len(results) == 1
+    assert any("stopped after 1 of 3" in event.message for event in events)
+
+
+def test_a_prompt_that_is_too_long_is_said(tiny_base: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tokens.*would be lost"):
+        api.generate(drawing(tiny_base, tmp_path / "x", prompt="word " * 80))
+    assert not list((tmp_path / "x").glob("*"))
+
+
+def test_a_batch_yields_every_prompt_with_every_seed_as_they_come(
+    tiny_base: str, trained: api.TrainResult
+) -> None:
+    before = weights_of(tiny_base)
+    results = studio.generate_batch(
+        ["a disc", "a box"],
+        seeds=range(2),
+        base=tiny_base,
+        adapters={trained.path: 0.5},
+        steps=2,
+        batch_size=3,
+    )
+    first = next(results)
+    assert first.path is None and first.image.size == (64, 64)
+    rest = list(results)
+    order = [(result.prompt, result.seed) for result in (first, *rest)]
+    assert order == [("a disc", 0), ("a disc", 1), ("a box", 0), ("a box", 1)]
+    after = weights_of(tiny_base)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_batch_that_is_given_up_restores_the_base(tiny_base: str, trained: api.TrainResult) -> None:
+    before = weights_of(tiny_base)
+    results = studio.generate_batch(
+        ["a disc"], seeds=range(3), base=tiny_base, adapters={trained.path: 1}, steps=1
+    )
+    next(results)
+    during = weights_of(tiny_base)
+    assert any(not torch.equal(before[name], during[name]) for name in before)
+    results.close()  # type: ignore[attr-defined]
+    after = weights_of(tiny_base)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_batch_checks_its_values_at_once() -> None:
+    with pytest.raises(UsageError, match=r"steps: .*0"):
+        studio.generate_batch(["x"], steps=0)
+    with pytest.raises(UsageError, match="must be a list of texts"):
+        studio.generate_batch("x")
+
+
+def test_adapters_of_the_same_name_get_names_of_their_own() -> None:
+    uses = [api.AdapterUse(path=Path(folder) / "dog.safetensors") for folder in "abc"]
+    assert api._names(uses) == ["dog", "dog-2", "dog-3"]
+
+
+def test_the_last_base_is_kept_and_only_that_one(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    monkeypatch.setattr(api, "load_base", lambda base, **_: loads.append(base) or object())
+    api._BASES.clear()
+    for base in ("a", "a", "b", "a"):
+        api._cached_base(base, "auto", "auto")
+    api._BASES.clear()
+    assert loads == ["a", "b", "a"]
