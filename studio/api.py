@@ -37,6 +37,7 @@ __all__ = [
     "load_base",
     "save_adapter",
     "train",
+    "warm",
 ]
 
 
@@ -331,6 +332,15 @@ def _sampler(spec: TrainSpec) -> "Callable[[DiffusionPipeline, Adapter | None, s
 
 _BASES: "OrderedDict[tuple[str, str, str], DiffusionPipeline]" = OrderedDict()
 _KEPT_BASES = 1
+
+
+def warm(base: str, *, device: str = "auto", precision: str = "auto") -> None:
+    """Load a base model ahead of the first `train` or `generate` that uses it.
+
+    Raises:
+        BaseModelError: If it cannot be loaded.
+    """
+    _cached_base(base, device, precision)
 
 
 def _cached_base(base: str, device: str, precision: str) -> "DiffusionPipeline":

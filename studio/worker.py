@@ -119,7 +119,7 @@ def _warm_up() -> None:
     from studio import api
 
     try:
-        api.load_base("starter")
+        api.warm("starter")
     except StudioError as error:
         log.info("not warmed up: %s", error)
 

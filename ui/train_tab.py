@@ -154,7 +154,7 @@ class TrainTab:
             color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6"},
             x_title="step",
             y_title="loss",
-            height=300,
+            height=340,
             label="Loss",
             tooltip="axis",
             elem_id="train-chart",

@@ -123,7 +123,7 @@ def main() -> None:
         half = unet.new_unet(latent_size=args.size // autoencoder.PATCH).half()
         half.load_state_dict(model.state_dict())
         half.save_pretrained(args.work / "unet")
-        _facts(args.work, unet_steps=step, unet_samples=step * args.batch)
+        _facts(args.work, unet_steps=step, unet_samples=step * args.batch, renders=args.renders)
         publish(args.work, args.output)
 
     spec = unet.UNetTraining(

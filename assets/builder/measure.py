@@ -90,7 +90,8 @@ def main() -> None:
     rows = labelled_prompts(args.prompts, seed=5)
     start = time.monotonic()
     pictures = draw(pipe, [row[0] for row in rows], seed=1000, steps=args.steps, guidance=args.guidance)
-    facts: dict[str, object] = {"seconds_per_picture": round((time.monotonic() - start) / len(rows), 3)}
+    seconds = round((time.monotonic() - start) / len(rows), 3)
+    facts: dict[str, object] = {"prompts": len(rows), "seconds_per_picture": seconds}
     verdicts = judge(pictures)
     for head in ("subject", "style", "background"):
         column = ("subject", "style", "background").index(head) + 1

@@ -88,11 +88,11 @@ class Switch:
         @field_validator("order", mode="before")
         @classmethod
         def _split(cls, given: Any) -> Any:
-            return (
-                tuple(name.strip() for name in given.split(",") if name.strip())
-                if isinstance(given, str)
-                else given
-            )
+            # A repeated flag gives a list, each item of which may hold commas too.
+            items = [given] if isinstance(given, str) else given
+            if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+                return given
+            return tuple(name.strip() for item in items for name in item.split(",") if name.strip())
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options if isinstance(options, Switch.Options) else Switch.Options()
