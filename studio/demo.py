@@ -81,9 +81,11 @@ def demo_training(output: Path) -> TrainSpec:
             "prompt": PROMPT,
             "output": output / f"{SUBJECT}.safetensors",
             "overwrite": True,
-            "steps": 200,
+            "steps": 300,
             "batch_size": 4,
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
+            "text_encoder_learning_rate": 1e-3,
+            "train_text_encoder": True,
             "rank": 8,
         }
     )
