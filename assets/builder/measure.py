@@ -114,7 +114,9 @@ def main() -> None:
         for row, style in enumerate(STYLES)
         for column, subject in enumerate(SUBJECTS)
     ]
-    grid(draw(pipe, prompts, seed=7), columns=len(SUBJECTS)).save(args.output / "grid.png", optimize=True)
+    grid(draw(pipe, prompts, seed=7), columns=len(SUBJECTS)).quantize(256).save(
+        args.output / "grid.png", optimize=True
+    )
     print(json.dumps(facts, indent=2))
 
 
