@@ -1,6 +1,6 @@
 """Form one effective weight from a pristine weight and any number of changes.
 
-    W' = round(W + sum_i scale_i * delta_i),    delta_i dense, or up_i @ down_i
+    W' = round(W + sum_i scale_i * delta_i),    delta_i dense, sparse, or up_i @ down_i
 
 The sum is accumulated once in fp32 and rounded once to the weight's dtype. Adding to rounded weights one
 change at a time, or subtracting a change again, drifts; forming the sum anew from pristine bits does not.
@@ -8,11 +8,26 @@ change at a time, or subtracting a change again, drifts; forming the sum anew fr
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Delta = Tensor | tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A change of some entries only; the others keep every bit.
+
+    Attributes:
+        indices: Positions in the flattened weight (row-major), int32 or int64 ``[n]``, none twice.
+        values: What is added there, floating ``[n]``.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+
+Delta = Tensor | tuple[Tensor, Tensor] | Sparse
 
 
 def merge_bank(
@@ -23,7 +38,7 @@ def merge_bank(
     Args:
         weight: Pristine weight ``[out, in...]`` of any strides; fp16, bf16, fp32 (or fp64, then summed in
             fp64). Never written to.
-        deltas: Dense changes of the weight's shape, or low-rank pairs ``(down [r, in...], up
+        deltas: Dense changes of the weight's shape, sparse ones, or low-rank pairs ``(down [r, in...], up
             [out, r, 1...])``; the kernel axes of a convolution belong to ``down``. Any floating dtype and
             device.
         scales: One finite factor per change. A factor of 0 leaves out its change, bit for bit.
@@ -45,8 +60,11 @@ def merge_bank(
     for delta, scale in active:
         if isinstance(delta, Tensor):
             total.add_(_wide(delta, total).reshape(total.shape), alpha=scale)
+        elif isinstance(delta, Sparse):
+            total.view(-1).index_add_(0, delta.indices.to(total.device), _wide(delta.values, total) * scale)
         elif total.numel() and delta[0].shape[0]:
-            down, up = (_wide(factor, total) for factor in delta)
+            # Contiguous: matrix products sum in another order for other strides.
+            down, up = (_wide(factor, total).contiguous() for factor in delta)
             rows.addmm_(up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1), alpha=scale)
     return total.to(weight.dtype) if out is None else out.detach().copy_(total)
 
@@ -64,8 +82,7 @@ def _check(weight: Tensor, deltas: Sequence[Delta], scales: Sequence[float], out
         if not math.isfinite(scale):
             raise ValueError(f"scale {number} must be finite, got {scale}")
         if not _fits(weight, delta):
-            parts = (delta,) if isinstance(delta, Tensor) else delta
-            shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+            shapes = " and ".join(str(tuple(part.shape)) for part in _parts(delta))
             raise ValueError(f"delta {number} of shape {shapes} does not fit weight {tuple(weight.shape)}")
     if out is None:
         return
@@ -76,20 +93,39 @@ def _check(weight: Tensor, deltas: Sequence[Delta], scales: Sequence[float], out
         )
     inputs = [weight]
     for delta in deltas:
-        inputs += [delta] if isinstance(delta, Tensor) else list(delta)
+        inputs += _parts(delta)
     if any(_overlap(out, tensor) for tensor in inputs):
         raise ValueError("out shares memory with an input")
+
+
+def _parts(delta: Delta) -> Sequence[Tensor]:
+    if isinstance(delta, Tensor):
+        return (delta,)
+    return (delta.indices, delta.values) if isinstance(delta, Sparse) else delta
 
 
 def _fits(weight: Tensor, delta: Delta) -> bool:
     if isinstance(delta, Tensor):
         # A linear layer's change fits a 1x1 convolution and the other way round.
         return _squeezed(delta.shape) == _squeezed(weight.shape)
+    if isinstance(delta, Sparse):
+        return _addresses(delta, weight.numel())
     down, up = delta
     if weight.ndim < 2 or down.ndim < 2 or up.ndim < 2 or any(side != 1 for side in up.shape[2:]):
         return False
     inner = _squeezed(down.shape[1:]) == _squeezed(weight.shape[1:])
     return inner and up.shape[0] == weight.shape[0] and up.shape[1] == down.shape[0]
+
+
+def _addresses(delta: Sparse, count: int) -> bool:
+    """Say whether a sparse change has a value for each index, and no index beyond ``count`` entries."""
+    indices = delta.indices
+    if indices.ndim != 1 or indices.shape != delta.values.shape:
+        return False
+    if not indices.numel():
+        return True
+    first, last = (int(bound) for bound in indices.aminmax())
+    return first >= 0 and last < count
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio.kernels.merge_bank import merge_bank
+from studio.kernels.merge_bank import Sparse, merge_bank
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # weight, down, up
@@ -44,6 +44,45 @@ def test_sum_is_the_formula_rounded_once(shape: str, dtype: torch.dtype) -> None
     # Half a unit in the last place for the one rounding, and fp32's own error for the sum.
     bound = wanted.abs() * torch.finfo(dtype).eps * 0.5 + 2e-5
     assert bool(((got.double() - wanted).abs() <= bound).all())
+
+
+def _sparse(*shape: int, seed: int) -> tuple[Sparse, torch.Tensor]:
+    """Return a change of every fifth entry or so, and the same dense."""
+    dense = _random(*shape, seed=seed) * (
+        torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+    )
+    indices = dense.flatten().nonzero().squeeze(1)
+    return Sparse(indices.int(), dense.flatten()[indices]), dense
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (2.0, 0.7), (-3.3, 1e-3)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=["fp32", "fp16", "bf16", "fp64"])
+@pytest.mark.parametrize("size", [(63,), (63, 341), (6, 5, 3, 3), (1, 1)], ids=str)
+def test_sparse_changes_give_the_bits_of_the_dense_sum(
+    size: tuple[int, ...], dtype: torch.dtype, scales: tuple[float, float]
+) -> None:
+    weight = _random(*size, seed=0).to(dtype)
+    (one, dense_one), (two, dense_two) = _sparse(*size, seed=1), _sparse(*size, seed=2)
+    got = merge_bank(weight, [one, two], scales)
+    wide = torch.promote_types(dtype, torch.float32)
+    dense = [dense_one.to(wide) * scales[0], dense_two.to(wide) * scales[1]]
+    assert torch.equal(got, merge_bank(weight, dense, [1.0, 1.0]))
+
+
+def test_sparse_changes_mix_with_dense_and_low_rank_ones_in_any_layout() -> None:
+    weight = _random(12, 10, seed=0).t()[:, ::2]
+    (change, dense), full = _sparse(10, 6, seed=1), _random(10, 6, seed=2)
+    pair = (_random(3, 6, seed=3), _random(10, 3, seed=4))
+    wanted = _formula(weight, [dense, full, pair], [0.5, 2.0, -1.0])
+    got = merge_bank(weight, [change, full, pair], [0.5, 2.0, -1.0])
+    assert (got.double() - wanted).abs().max() <= 2e-5  # fp32 sums.
+
+
+def test_entries_that_no_sparse_change_names_keep_every_bit() -> None:
+    bits = torch.tensor([0x7FA00001, -(2**31), 1, 0x3F800000], dtype=torch.int32)
+    change = Sparse(torch.tensor([3]), torch.tensor([2.0]))
+    got = merge_bank(bits.view(torch.float32).reshape(2, 2), [change], [0.5]).flatten()
+    assert torch.equal(got[:3].view(torch.int32), bits[:3]) and got[3] == 2
 
 
 def test_many_16_bit_changes_are_rounded_once_and_not_one_by_one() -> None:
@@ -120,6 +159,15 @@ PART, OTHER_PART = _overlapping()
             r"\(3, 2\) and \(2, 1\) does not fit",
         ),
         (torch.zeros(4), [(torch.zeros(1, 1), torch.zeros(4, 1))], [1.0], None, "does not fit"),
+        (
+            SQUARE,
+            [Sparse(torch.tensor([0, 4]), torch.ones(2))],
+            [1.0],
+            None,
+            r"\(2,\) and \(2,\) does not fit",
+        ),
+        (SQUARE, [Sparse(torch.tensor([-1]), torch.ones(1))], [1.0], None, "does not fit"),
+        (SQUARE, [Sparse(torch.tensor([0, 1]), torch.ones(1))], [1.0], None, r"\(2,\) and \(1,\) does not"),
         (SQUARE, [SQUARE], [float("nan")], None, "scale 0 must be finite"),
         (SQUARE.to(torch.int8), [], [], None, "floating dtype, got torch.int8"),
         (
@@ -138,6 +186,9 @@ PART, OTHER_PART = _overlapping()
         "dense",
         "ranks",
         "vector",
+        "sparse-beyond",
+        "sparse-before",
+        "sparse-length",
         "nan",
         "integer",
         "out-dtype",
