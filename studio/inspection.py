@@ -1,14 +1,20 @@
-"""Say what an adapter file holds from its header alone: no tensor is read, no torch is loaded."""
+"""Say what an adapter file holds from its header and a few integers: no torch is loaded."""
 
+import json
+import math
 import re
+import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from studio.adapters.header import Header, read_header
+from studio.adapters.header import ELEMENT_BYTES, MAX_RANK, Header, read_header
 from studio.errors import OutputError
+from studio.registry import FORMATS
 
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down)(\.default)?\.weight$")
+_WIDE = re.compile(rf"attn2[._](processor\.)?to_[kv].*({_DOWN.pattern}|\.diff$)")
+_DENSE = re.compile(r"\.(diff|diff_b|w_norm|b_norm)$")
 _SHOWN = (
     "modelspec.title",
     "modelspec.architecture",
@@ -51,6 +57,7 @@ def describe(path: Path) -> list[str]:
         lines.append(
             f"rank          {', '.join(f'{rank} ({count} layers)' for rank, count in sorted(ranks.items()))}"
         )
+    lines += [*_dense(header), *_sparse(header, path)]
     known = {key: header.metadata[key] for key in _SHOWN if header.metadata.get(key)}
     lines += [f"  {key:<24} {_plain(value)}" for key, value in known.items()]
     others = len(header.metadata) - len(known)
@@ -61,11 +68,10 @@ def describe(path: Path) -> list[str]:
 
 def guess_format(header: Header) -> str:
     """Return whose spelling the keys have."""
-    keys = header.tensors
-    if any(key.startswith(("lora_unet_", "lora_te")) for key in keys):
-        return "kohya"
-    if any(".lora_A." in key or ".lora_B." in key for key in keys):
-        return "diffusers"
+    keys = header.tensors.keys()
+    for name in FORMATS:
+        if FORMATS[name].recognises(keys):
+            return name
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
         return "a whole checkpoint: use it as --base"
     return "unknown"
@@ -97,9 +103,45 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"'{path}' exists. Choose another name or give --overwrite.")
 
 
+def _dense(header: Header) -> Iterable[str]:
+    """Yield a line about changes that are written in full."""
+    shapes = [shape for key, (_, shape) in header.tensors.items() if _DENSE.search(key)]
+    if shapes:
+        yield f"dense         {len(shapes)} parameters, {sum(map(math.prod, shapes)):,} entries"
+
+
+def _sparse(header: Header, path: Path) -> Iterable[str]:
+    """Yield lines about sparse changes: how many entries, of how many, and how these were selected."""
+    counts = [shape for key, (_, shape) in header.tensors.items() if key.endswith(".delta")]
+    if not counts:
+        return
+    entries, total = sum(map(math.prod, counts)), sum(map(math.prod, _integers(header, path, ".shape")))
+    share = f" of {total:,} ({entries / total:.2%})" if total >= entries else ""
+    yield f"sparse        {len(counts)} parameters, {entries:,} entries{share}"
+    try:
+        rule = json.loads(header.metadata.get("studio.sara", "{}"))
+    except (ValueError, RecursionError):
+        return
+    for name in ("threshold", "quantile"):
+        value = rule.get(name) if isinstance(rule, dict) else None
+        if isinstance(value, float):
+            yield f"{name:<13} {value:g}"
+
+
+def _integers(header: Header, path: Path, ending: str) -> Iterable[tuple[int, ...]]:
+    """Yield the short lists of int64 under the keys with that ending."""
+    with path.open("rb") as file:
+        place = header.data_start
+        for key, (dtype, shape) in header.tensors.items():
+            if key.endswith(ending) and dtype == "I64" and len(shape) == 1 and 0 < shape[0] <= MAX_RANK:
+                file.seek(place)
+                yield struct.unpack(f"<{shape[0]}q", file.read(8 * shape[0]))
+            place += math.prod(shape) * ELEMENT_BYTES[dtype]
+
+
 def _prompt_width(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int | None:
     for key, (_, shape) in tensors.items():
-        if _DOWN.search(key) and re.search(r"attn2[._](processor\.)?to_[kv]", key) and len(shape) >= 2:
+        if _WIDE.search(key) and len(shape) >= 2:
             return shape[1]
     return None
 

@@ -71,7 +71,13 @@ class KindOfChange(Change, Protocol):
 
 
 class Format(Protocol):
-    """What a member of the registry of adapter formats offers."""
+    """What a member of the registry of adapter formats offers.
+
+    Attributes:
+        bound_to_base: Whether its files are for one base only, the one that their metadata names.
+    """
+
+    bound_to_base: bool
 
     def recognises(self, keys: Collection[str]) -> bool:
         """Say whether a file with those tensor keys is of this format."""
@@ -85,16 +91,25 @@ class Format(Protocol):
         """Return the canonical module by the file's name of it, for a model with those parameters."""
         ...
 
-    def alphas(self, metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[str, float]:
-        """Return what the metadata says of alpha, by the file's name of the module.
+    def complete(
+        self, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return a file's tensors by module and part in kohya's layout, with what only the metadata says.
 
         Raises:
             ValueError: If the metadata cannot be understood.
         """
         ...
 
-    def write(self, adapter: Adapter, *, family: str | None) -> tuple[dict[str, Tensor], float]:
+    def write(
+        self, adapter: Adapter, *, family: str | None, names: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], float]:
         """Return the tensors to write by key, and the alpha that they are written with.
+
+        Args:
+            adapter: What to write.
+            family: "sd1", "sd2", "sdxl" or None: whose names to use.
+            names: Names and shapes of the base's parameters; empty where the base is not known.
 
         Raises:
             ValueError: If a change cannot be written in this format.
@@ -121,3 +136,12 @@ class Adapter:
     changes: Mapping[str, Change]
     tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def interchangeable(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Say whether a change of one shape is a change of the other.
+
+    Shapes are the same, or those of a linear layer and a 1x1 convolution: some tools write one for the other.
+    """
+    pointwise = all(len(shape) in (2, 4) and set(shape[2:]) <= {1} for shape in (one, other))
+    return one == other or (pointwise and one[:2] == other[:2])

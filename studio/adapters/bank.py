@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.adapter import Change
+from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.parameters import find_parameter
 from studio.errors import AdapterError
-from studio.kernels.merge_bank import Delta, merge_bank
+from studio.kernels.merge_bank import Delta, Sparse, merge_bank
 
 Storage = Literal["auto", "device", "cpu"]
 # Pristine copies stay on the GPU if after them this share of its memory is still free: a run needs it for
@@ -116,9 +117,9 @@ class WeightBank:
                     f"a change of '{name}' has shape {sizes}. "
                     "Load the adapter with base= so that it is checked and fitted."
                 )
-            pair = change.low_rank()
-            deltas.append(change.delta(weight, weight=strength) if pair is None else pair)
-            scales.append(1.0 if pair is None else strength)
+            delta = _compact(change)
+            deltas.append(change.delta(weight, weight=strength) if delta is None else delta)
+            scales.append(1.0 if delta is None else strength)
         return merge_bank(weight, deltas, scales)
 
     def _put_back(self, name: str) -> None:
@@ -146,3 +147,10 @@ class WeightBank:
             if free - value.nbytes > _FREE_SHARE * total:
                 return value.clone()
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+
+
+def _compact(change: Change) -> Delta | None:
+    """Return a change that is linear in its weight in a form smaller than its parameter, or None."""
+    if isinstance(change, SparseChange):
+        return Sparse(change.indices, change.values)
+    return change.low_rank()

@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping
 
 LABELS = {"sd1": "SD 1.5", "sd2": "SD 2.x", "sdxl": "SDXL"}
-# ss_base_model_version, modelspec.architecture and modelspec.implementation, by family.
-KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+# ss_base_model_version, modelspec.architecture and modelspec.implementation, by family; "sd2-v" is SD 2.x
+# trained on velocity, whose files have the names and shapes of "sd2".
+KOHYA_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
+    "sd2-v": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
 IMPLEMENTATIONS = {
@@ -19,9 +21,11 @@ IMPLEMENTATIONS = {
 
 # Dots in diffusers' names, underscores in kohya's.
 _SDXL_ONLY = re.compile(r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]")
-_TEXT_WIDTH = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?[._](.*(lora_down|lora_A|down)\.)?weight$")
+_TEXT_WIDTH = re.compile(
+    r"attn2[._](processor\.)?to_[kv](_lora)?[._]((.*(lora_down|lora_A|down)\.)?weight|diff)$"
+)
 _ENCODER_WIDTH = re.compile(
-    r"^(lora_te_|text_encoder\.).*(self_attn[._][qkv]_proj|mlp[._]fc1)\.(.*(lora_down|lora_A|down)\.)?weight$"
+    r"^(lora_te_|text_encoder\.).*(self_attn[._][qkv]_proj|mlp[._]fc1)\.((.*(lora_down|lora_A|down)\.)?weight|diff)$"
 )
 _FAMILY_BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 

@@ -12,8 +12,11 @@ from studio.adapters.adapter import Adapter, Change, Format, KindOfChange
 from studio.adapters.container import check_target, write_file
 from studio.adapters.families import family_of, label, naming_family
 from studio.adapters.header import Header, read_header
+from studio.adapters.kinds.full import FullChange
+from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.metadata import describe
 from studio.adapters.names import reference_names
+from studio.adapters.origin import check_origin
 from studio.adapters.parameters import canonical_names, components_of
 from studio.errors import AdapterError, UsageError
 from studio.registry import FORMATS, KINDS
@@ -24,7 +27,9 @@ Names = Mapping[str, tuple[int, ...]]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def load_adapter(path: str | Path, *, base: Any | None = None, name: str | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, *, base: Any | None = None, name: str | None = None, any_base: bool = False
+) -> Adapter:
     """Read an adapter file and check all of it: every tensor must have a place in the base model.
 
     Args:
@@ -32,6 +37,7 @@ def load_adapter(path: str | Path, *, base: Any | None = None, name: str | None 
         base: The pipeline it is for. Without one, names are resolved by those of SD 1.5, SD 2.1 and SDXL, and
             shapes are not compared with anything.
         name: For messages and weights; by default the file's stem.
+        any_base: Take a file of sparse changes also for a base that it was not trained on.
 
     Raises:
         AdapterError: If the file is damaged, of no known format, incomplete, or made for another base.
@@ -39,6 +45,8 @@ def load_adapter(path: str | Path, *, base: Any | None = None, name: str | None 
     path = Path(path)
     header = read_header(path)
     form: Format = FORMATS[detect_format(header, path.name)]
+    if form.bound_to_base and base is not None and not any_base:
+        check_origin(header.metadata, base, file=path.name)
     modules = _modules(form, header, path.name)
     names = _reference(form, header, modules) if base is None else canonical_names(components_of(base))
     table = form.table(names)
@@ -50,7 +58,7 @@ def load_adapter(path: str | Path, *, base: Any | None = None, name: str | None 
     kinds = {module: _kind(parts, path.name) for module, parts in modules.items()}
     changes: dict[str, Change] = {}
     misfits: list[str] = []
-    for module, parts in _with_alphas(form, header, modules, _tensors(path), path.name).items():
+    for module, parts in _completed(form, header, modules, _tensors(path), path.name).items():
         for leaf, change in _built(KINDS[kinds[module]], module, parts, path.name).items():
             parameter = f"{table[module]}.{leaf}"
             if parameter in changes:
@@ -88,8 +96,9 @@ def save_adapter(
     path: str | Path,
     *,
     format: str = "kohya",
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    base: Any | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter file whole or not at all, and return its path.
@@ -98,9 +107,12 @@ def save_adapter(
         adapter: What to write. Its metadata goes along; ``ss_base_model_version`` in it decides how layers
             are named.
         path: Ends in .safetensors; folders on the way are made.
-        format: A registered format: "kohya" (other tools), "diffusers" (``load_lora_weights``).
-        dtype: Of the tensors: float16, bfloat16 or float32.
+        format: A registered format: "kohya" (other tools), "diffusers" (``load_lora_weights``), "sara" (our
+            own, for sparse changes).
+        dtype: Of the tensors: float16, bfloat16 or float32; by default float16, and float32 where a change is
+            dense or sparse, since float16 rounds entries below 1e-7 to nothing.
         metadata: Further text entries; they win over the adapter's.
+        base: The pipeline it is for; wanted where the changes alone do not tell what a file must say.
         overwrite: Replace the file if there is one.
 
     Raises:
@@ -109,6 +121,9 @@ def save_adapter(
         OutputError: If the file exists or cannot be written.
     """
     path, form = Path(path), FORMATS[format]
+    if dtype is None:
+        direct = any(isinstance(change, FullChange | SparseChange) for change in adapter.changes.values())
+        dtype = torch.float32 if direct else torch.float16
     if dtype not in _DTYPES:
         raise UsageError(f"adapters are written as float16, bfloat16 or float32, got {dtype}.")
     check_target(path, overwrite=overwrite)
@@ -128,7 +143,8 @@ def save_adapter(
     shapes = {name: change.shape for name, change in adapter.changes.items()}
     family = naming_family(shapes, {**adapter.metadata, **given})
     try:
-        tensors, alpha = form.write(adapter, family=family)
+        names = {} if base is None else canonical_names(components_of(base))
+        tensors, alpha = form.write(adapter, family=family, names=names)
     except ValueError as error:
         raise AdapterError(
             f"adapter '{adapter.name}' cannot be written in the format '{format}': {error}."
@@ -137,7 +153,8 @@ def save_adapter(
     entries = describe(
         adapter.metadata, given, title=path.stem, kind=adapter.kind, family=family, ranks=ranks, alpha=alpha
     )
-    plain = {key: _plain(tensor, dtype, key) for key, tensor in tensors.items()}
+    # Taken out one by one: dense changes fill much memory.
+    plain = {key: _plain(tensors.pop(key), dtype, key) for key in list(tensors)}
     write_file(path, plain, entries)
     return path
 
@@ -166,11 +183,13 @@ def _modules(form: Format, header: Header, file: str) -> dict[str, dict[str, str
 def _kind(parts: Mapping[str, str], file: str) -> str:
     """Return the kind of change that a module's tensors make up."""
     given = set(parts)
-    for name in KINDS:
-        if KINDS[name].required <= given <= KINDS[name].required | KINDS[name].optional:
-            return name
     known = {name: KINDS[name].required | KINDS[name].optional for name in KINDS}
-    closest = max(known, key=lambda name: len(known[name] & given))
+    for name, allowed in known.items():
+        # An alpha alone says nothing.
+        if KINDS[name].required <= given <= allowed and given != {"alpha"}:
+            return name
+    # Of kinds that share as many parts the one that most files hold.
+    closest = max(known, key=lambda name: (len(known[name] & given), name == "lora"))
     shown = _listed([parts[part] for part in sorted(given - known[closest])] or list(parts.values()))
     if given <= known[closest]:
         missing = ", ".join(sorted(KINDS[closest].required - given))
@@ -226,30 +245,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _with_alphas(
+def _completed(
     form: Format,
     header: Header,
     modules: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
     file: str,
-) -> dict[str, dict[str, Tensor]]:
-    """Return tensors by module and part; alphas that the metadata holds become parts like the others."""
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """Return tensors by module and part; what the metadata holds becomes parts like the others."""
     grouped = {
         module: {part: tensors[key] for part, key in parts.items()} for module, parts in modules.items()
     }
-    downs = {
-        module: parts["lora_down.weight"] for module, parts in grouped.items() if "lora_down.weight" in parts
-    }
-    ranks = {module: down.shape[0] if down.ndim else 0 for module, down in downs.items()}
     try:
-        alphas = form.alphas(header.metadata, ranks)
+        return form.complete(grouped, header.metadata)
     except ValueError as error:
         raise AdapterError(
             f"{file} cannot be used: {error}. Export it again without that metadata."
         ) from None
-    for module, alpha in alphas.items():
-        grouped[module]["alpha"] = torch.tensor(alpha, dtype=torch.float64)
-    return grouped
 
 
 def _built(
@@ -264,9 +276,10 @@ def _built(
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """Return an own contiguous copy as files want it; scalars stay fp32, they cost nothing."""
+    """Return an own contiguous copy as files want it; scalars stay fp32, they cost nothing, and integers."""
     source = tensor.detach().to("cpu")
-    cast = source.to(dtype if source.ndim else torch.float32).contiguous().clone()
+    wanted = dtype if source.ndim else torch.float32
+    cast = source.to(wanted if source.is_floating_point() else source.dtype).contiguous().clone()
     if not torch.isfinite(cast).all():
         cause = (
             "holds NaN or infinite values"

@@ -4,6 +4,7 @@ Every value is a string. No path, prompt or host name is written unless the call
 """
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +23,15 @@ _NOT_INHERITED = {
     "sshs_model_hash",
     "sshs_legacy_hash",
     "modelspec.hash_sha256",
+}
+# What LyCORIS calls the kinds that kohya's own network does not know.
+_LYCORIS: Mapping[str, Mapping[str, str]] = {
+    "dora": {"algo": "lora", "dora_wd": "True"},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+    "oft": {"algo": "diag-oft"},
+    "full": {"algo": "full"},
+    "sparse": {"algo": "full"},
 }
 _LEGACY_OFFSET, _LEGACY_BYTES = 0x100000, 0x10000
 
@@ -58,12 +68,13 @@ def describe(
         inherited: What the adapter carries; descriptions stay, facts of its former file do not.
         given: What the caller wants; wins over everything.
         title: The file's stem.
-        kind: Of adapter; the suffix of ``modelspec.architecture``.
+        kind: Of adapter, or several joined by "+"; the suffix of ``modelspec.architecture``.
         family: "sd1", "sd2", "sdxl" or None for a base that is none of them.
         ranks: All that occur.
         alpha: The one alpha of the file.
     """
     version = inherited.get("ss_base_model_version") or KOHYA_VERSIONS.get(family or "")
+    architecture = "sd2-v" if version == KOHYA_VERSIONS["sd2-v"] else family or "sd1"
     described = {
         "ss_output_name": title,
         "modelspec.title": title,
@@ -71,16 +82,16 @@ def describe(
         **({"ss_base_model_version": version} if version else {}),
         # Custom models are built like the family whose names the file uses; some readers need these two
         # entries.
-        "modelspec.architecture": f"{ARCHITECTURES[family or 'sd1']}/{kind}",
+        "modelspec.architecture": f"{ARCHITECTURES[architecture]}/{kind}",
         "modelspec.implementation": IMPLEMENTATIONS[family or "sd1"],
     }
     facts = {
         "format": "pt",
         "ss_v2": str(family == "sd2"),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": "{}",
+        "ss_network_args": json.dumps(_LYCORIS.get(kind, {})),
         "modelspec.sai_model_spec": "1.0.1",
         "studio.format_version": FORMAT_VERSION,
     }

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from studio.registry import FORMATS, KINDS
 
 Factory = Callable[[], Any]
 Everywhere = Callable[..., Adapter]
+KeptAs = Mapping[tuple[str, str], str | None]
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 def _differences(one: Adapter, two: Adapter) -> float:
     assert one.changes.keys() == two.changes.keys()
     gaps = []
+    generator = torch.Generator().manual_seed(5)
     for name, change in one.changes.items():
-        base = torch.zeros(change.shape)
+        base = torch.randn(change.shape, generator=generator)
         gaps.append(
             (change.delta(base, weight=1.0) - two.changes[name].delta(base, weight=1.0)).abs().max().item()
         )
@@ -48,10 +50,11 @@ def _mixed(adapter: Adapter) -> Adapter:
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
 @pytest.mark.parametrize("form", list(FORMATS))
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_adapter_of_every_kind_comes_back_from_every_format(
+def test_adapter_of_every_kind_comes_back_from_every_format_that_holds_it(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     everywhere: Everywhere,
+    kept_as: KeptAs,
     kind: str,
     form: str,
     model: str,
@@ -59,14 +62,18 @@ def test_adapter_of_every_kind_comes_back_from_every_format(
 ) -> None:
     pipe = request.getfixturevalue(model)()
     adapter = everywhere(pipe, kind=kind)
+    if kept_as[kind, form] is None:
+        with pytest.raises(AdapterError, match=f"'style' cannot be written in the format '{form}': "):
+            save_adapter(adapter, tmp_path / "style.safetensors", format=form)
+        return
     path = save_adapter(adapter, tmp_path / "style.safetensors", format=form, dtype=torch.float32)
     again = load_adapter(path, base=pipe if with_base else None)
     assert detect_format(read_header(path), path.name) == form
-    assert (again.name, again.kind) == ("style", kind)
+    assert (again.name, again.kind) == ("style", kept_as[kind, form])
     assert _differences(adapter, again) < 1e-5  # The folded scale's rounding in fp32.
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_mixed_ranks_and_alphas_survive_both_formats_and_the_way_between(
     tmp_path: Path, tiny_sdxl: Factory, everywhere: Everywhere, form: str
 ) -> None:
@@ -75,7 +82,7 @@ def test_mixed_ranks_and_alphas_survive_both_formats_and_the_way_between(
     path = save_adapter(adapter, tmp_path / "a.safetensors", format=form, dtype=torch.float32)
     again = load_adapter(path, base=pipe)
     assert _differences(adapter, again) < 1e-5  # Folded scales are rounded to fp32.
-    other = next(name for name in FORMATS if name != form)
+    other = {"diffusers": "kohya", "kohya": "diffusers"}[form]
     path = save_adapter(again, tmp_path / "b.safetensors", format=other, dtype=torch.float32)
     assert _differences(adapter, load_adapter(path, base=pipe)) < 1e-5  # And once more.
 
@@ -125,13 +132,25 @@ def test_metadata_decides_on_sgm_names_where_layers_do_not_tell(tmp_path: Path) 
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
 )
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_files_are_plain(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere, form: str, dtype: torch.dtype
+    tmp_path: Path,
+    tiny_sd: Factory,
+    everywhere: Everywhere,
+    kept_as: KeptAs,
+    kind: str,
+    form: str,
+    dtype: torch.dtype,
 ) -> None:
-    path = save_adapter(everywhere(tiny_sd()), tmp_path / "a.safetensors", format=form, dtype=dtype)
+    if kept_as[kind, form] is None:
+        pytest.skip(f"{form} holds no {kind} changes")
+    path = save_adapter(
+        everywhere(tiny_sd(), kind=kind), tmp_path / "a.safetensors", format=form, dtype=dtype
+    )
+    types = {".alpha": torch.float32, ".gaps": torch.int16, ".shape": torch.int64}
     for key, tensor in safetensors.torch.load_file(path).items():
         assert tensor.is_contiguous() and tensor.numel() and tensor.isfinite().all()
-        assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else dtype)
+        assert tensor.dtype == types.get(key[key.rindex(".") :], dtype)
     assert all(isinstance(value, str) for value in read_header(path).metadata.values())
 
 

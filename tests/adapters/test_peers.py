@@ -14,7 +14,6 @@ from studio.adapters.files import load_adapter, save_adapter
 from studio.adapters.kinds.lora import LoraChange
 from studio.adapters.names import kohya_module
 from studio.adapters.parameters import canonical_names, components_of, find_parameter
-from studio.registry import FORMATS
 
 
 def _mixed(adapter: Adapter) -> Adapter:
@@ -33,7 +32,7 @@ def _weights(pipe: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
-@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_diffusers_makes_the_same_weights_of_our_file(
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -58,7 +57,7 @@ def test_diffusers_makes_the_same_weights_of_our_file(
         assert changed == (name in adapter.changes), name
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_diffusers_draws_the_same_with_our_file(
     tmp_path: Path, tiny_sd: Callable[[], Any], everywhere: Callable[..., Adapter], form: str
 ) -> None:
@@ -135,10 +134,8 @@ def test_lycoris_reads_our_kohya_file_layer_by_layer(
     components, seen = components_of(pipe), set()
     for name, change in adapter.changes.items():
         key = kohya_module(name.removesuffix(".weight"), sdxl=model == "tiny_sdxl")
-        kind, parameters = modules.get_module(tensors, key)
         base = find_parameter(components, name)
-        layer = torch.nn.Linear(*base.shape[::-1]) if base.ndim == 2 else _convolution(base.shape)
-        delta, _ = modules.make_module(kind, parameters, key, layer).get_diff_weight(
+        delta, _ = _of_lycoris(modules, tensors, key, base.shape).get_diff_weight(
             multiplier=0.7, shape=base.shape
         )
         wanted = change.delta(base, weight=0.7)
@@ -147,6 +144,48 @@ def test_lycoris_reads_our_kohya_file_layer_by_layer(
         )  # fp32 in other orders.
         seen |= {tensor for tensor in tensors if tensor.startswith(f"{key}.")}
     assert seen == tensors.keys()
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_lycoris_makes_the_same_weights_and_biases_of_our_dense_file(
+    tmp_path: Path, request: pytest.FixtureRequest, everywhere: Callable[..., Adapter], kind: str, model: str
+) -> None:
+    modules = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed")
+    pipe = request.getfixturevalue(model)()
+    adapter, components = everywhere(pipe, kind=kind), components_of(pipe)
+    path = save_adapter(adapter, tmp_path / "style.safetensors")
+    tensors = safetensors.torch.load_file(path)
+    seen = set()
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in adapter.changes):
+        key = kohya_module(module, sdxl=model == "tiny_sdxl")
+        found = {
+            leaf: find_parameter(components, f"{module}.{leaf}").detach()
+            for leaf in ("weight", "bias")
+            if f"{module}.{leaf}" in adapter.changes
+        }
+        theirs = _of_lycoris(modules, tensors, key, found["weight"].shape)
+        deltas = dict(zip(("weight", "bias"), theirs.get_diff_weight(multiplier=0.5), strict=True))
+        for leaf, base in found.items():
+            # The same numbers, times a power of two: no rounding anywhere.
+            assert torch.equal(
+                deltas[leaf].reshape(base.shape), adapter.changes[f"{module}.{leaf}"].delta(base, weight=0.5)
+            ), (module, leaf)
+        seen |= {tensor for tensor in tensors if tensor.startswith(f"{key}.")}
+    assert seen == tensors.keys()
+    assert any(tensor.endswith(".b_norm") for tensor in seen)
+
+
+def _of_lycoris(modules: Any, tensors: dict[str, torch.Tensor], key: str, shape: torch.Size) -> Any:
+    """Return LyCORIS' module for what the file holds under a key, around a layer of that shape."""
+    kind, parameters = modules.get_module(tensors, key)
+    if len(shape) == 1:
+        layer: torch.nn.Module = torch.nn.LayerNorm(shape)
+    elif len(shape) == 2:
+        layer = torch.nn.Linear(*shape[::-1])
+    else:
+        layer = _convolution(shape)
+    return modules.make_module(kind, parameters, key, layer)
 
 
 def _convolution(shape: torch.Size) -> torch.nn.Conv2d:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from studio.adapters.kinds.dora import DoraChange
+from studio.adapters.kinds.lokr import LokrChange
 from studio.adapters.names import modules_of
 from studio.registry import FORMATS
 
@@ -23,7 +25,11 @@ _PARTS = {
     "lora.up.weight": "lora_up.weight",
     "lora_linear_layer.down.weight": "lora_down.weight",
     "lora_linear_layer.up.weight": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
     "alpha": "alpha",
+    # Read by single models' load_lora_adapter, not by pipelines.
+    **{part: part for part in LokrChange.optional},
 }
 _PROCESSOR = re.compile(r"(.+)\.processor\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
@@ -41,6 +47,8 @@ _BARE_UNET = (
 
 class Diffusers:
     """What ``load_lora_weights`` reads. It has no tensor for alpha: the scale is folded into ``lora_B``."""
+
+    bound_to_base = False
 
     def recognises(self, keys: Collection[str]) -> bool:
         """Say whether most of the keys are of this format."""
@@ -71,49 +79,96 @@ class Diffusers:
         }
         return short | {module: module for module in modules}
 
-    def alphas(self, metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[str, float]:
-        """Return alpha by module as ``lora_adapter_metadata`` has it, peft's configuration in JSON.
+    def complete(
+        self, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the tensors with the alphas of ``lora_adapter_metadata``, peft's configuration in JSON.
 
         Raises:
-            ValueError: If it is not JSON of that form, or asks for what plain factors cannot say.
+            ValueError: If it is not JSON of that form, or asks for what the tensors cannot say.
         """
-        if "lora_adapter_metadata" not in metadata:
-            return {}
-        try:
-            config = json.loads(metadata["lora_adapter_metadata"])
-        except (ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            raise ValueError("lora_adapter_metadata in its metadata is not a JSON object")
-        found = {}
-        for module, rank in ranks.items():
-            component, _, path = module.partition(".")
-            if config.get(f"{component}.use_dora"):
-                raise ValueError("it is a DoRA, which changes more than the low-rank factors say")
-            alpha = _pattern(config.get(f"{component}.alpha_pattern"), path)
-            alpha = config.get(f"{component}.lora_alpha") if alpha is None else alpha
-            if alpha is None:
-                continue
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise ValueError(
-                    f"lora_adapter_metadata gives '{module}' the alpha {alpha!r}, a number was expected"
-                )
-            # Rank-stabilised LoRA scales by alpha / sqrt(rank), arXiv:2312.03732 Theorem 3.2.
-            found[module] = alpha * math.sqrt(rank) if config.get(f"{component}.use_rslora") else float(alpha)
-        return found
+        import torch
 
-    def write(self, adapter: Adapter, *, family: str | None) -> tuple[dict[str, Tensor], float]:
-        """Return the tensors; alpha counts as equal to the rank."""
+        config = _config(metadata)
+        completed = {}
+        for module, given in modules.items():
+            parts = dict(given)
+            if "dora_scale" in parts:
+                # One per output: peft has an axis before them for convolutions.
+                parts["dora_scale"] = parts["dora_scale"].flatten()
+            elif config.get(f"{module.partition('.')[0]}.use_dora"):
+                raise ValueError(f"its metadata says that it is a DoRA, but '{module}' has no magnitudes")
+            down = parts.get("lora_down.weight")
+            alpha = None if down is None or not down.ndim else _alpha(config, module, rank=down.shape[0])
+            if alpha is not None:
+                parts["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+            completed[module] = parts
+        return completed
+
+    def write(
+        self, adapter: Adapter, *, family: str | None, names: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the tensors; alpha counts as equal to the rank.
+
+        Raises:
+            ValueError: If diffusers would refuse a change or make another of it.
+        """
+        doras = [name for name, change in adapter.changes.items() if isinstance(change, DoraChange)]
+        if 0 < len(doras) < len(adapter.changes):
+            raise ValueError(
+                "diffusers takes all layers of a file for DoRA or none, and here some are; choose kohya"
+            )
         tensors: dict[str, Tensor] = {}
         for name, change in adapter.changes.items():
-            pair = change.low_rank()
+            low_rank = change.direction if isinstance(change, DoraChange) else change
+            pair = low_rank.low_rank()
             if pair is None:
-                raise ValueError(f"diffusers reads low-rank changes only, '{name}' is none")
+                raise ValueError(
+                    f"diffusers reads LoRA and DoRA only, '{name}' is neither; choose kohya, or write the "
+                    "whole model with 'studio convert --into-base'"
+                )
             module = name.rpartition(".")[0]
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pair
+            if isinstance(change, DoraChange):
+                # peft's own files leave out the ending; transformers' loader of text encoders wants it.
+                ending = "" if module.startswith("unet.") else ".weight"
+                tensors[f"{module}.lora_magnitude_vector{ending}"] = _magnitude(name, change)
         return tensors, float(
             max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight"))
         )
+
+
+def _magnitude(name: str, change: DoraChange) -> Tensor:
+    """Return the magnitudes in peft's shape: ``[out]``, or ``[1, out, 1, 1]`` for a convolution."""
+    if change.per_input:
+        raise ValueError(
+            f"diffusers knows one magnitude per output, '{name}' has one per input; choose kohya"
+        )
+    axes = (1, -1, 1, 1) if len(change.shape) == 4 else (-1,)
+    return change.magnitude.reshape(axes)
+
+
+def _config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError("lora_adapter_metadata in its metadata is not a JSON object")
+    return config
+
+
+def _alpha(config: Mapping[str, Any], module: str, *, rank: int) -> float | None:
+    """Return the alpha that peft's configuration gives a module, or None if it says nothing."""
+    component, _, path = module.partition(".")
+    alpha = _pattern(config.get(f"{component}.alpha_pattern"), path)
+    alpha = config.get(f"{component}.lora_alpha") if alpha is None else alpha
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"lora_adapter_metadata gives '{module}' the alpha {alpha!r}, a number was expected")
+    # Rank-stabilised LoRA scales by alpha / sqrt(rank), arXiv:2312.03732 Theorem 3.2.
+    return alpha * math.sqrt(rank) if config.get(f"{component}.use_rslora") else float(alpha)
 
 
 def _pattern(patterns: Any, path: str) -> Any:
