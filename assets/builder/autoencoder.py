@@ -141,7 +141,8 @@ def train_decoder(
     parameters = [*vae.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    train, held = pixels[:-_HELD], pixels[-_HELD:]
+    kept_apart = min(_HELD, len(pixels) // 8)
+    train, held = pixels[:-kept_apart], pixels[-kept_apart:]
     vae.encoder.to(memory_format=torch.channels_last)
     vae.decoder.to(memory_format=torch.channels_last)
     progress = tqdm(range(steps), desc="decoder", mininterval=5)

@@ -27,6 +27,7 @@ from studio.assets.builder.subjects import ALL_BACKGROUNDS, ALL_STYLES, ALL_SUBJ
 FOLDER = Path(__file__).resolve().parent.parent / "evaluator"
 SIZE = 64
 _WIDTHS = (32, 64, 128, 256)
+_COUNTER = ".num_batches_tracked"
 
 
 class Evaluator(nn.Module):
@@ -75,9 +76,10 @@ class Verdict:
 def load_evaluator(folder: Path = FOLDER) -> Evaluator:
     """Return the shipped evaluator in fp32."""
     model = Evaluator()
-    model.load_state_dict(
-        {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}, strict=False
-    )
+    # The batch norms' counters matter to training only and are not shipped: they keep their start.
+    weights = {key: value for key, value in model.state_dict().items() if key.endswith(_COUNTER)}
+    weights |= {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -171,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     model, accuracy = train_evaluator(steps=args.steps, renders=args.renders)
     args.output.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if v.is_floating_point()}
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
     save_file(weights, args.output / "model.safetensors")
     facts = {"accuracy_on_4096_fresh_renders": accuracy, "steps": args.steps, "renders": args.renders}
     (args.output / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")

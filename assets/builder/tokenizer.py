@@ -18,24 +18,27 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def corpus() -> list[str]:
-    """Return text to learn merges from: the captions, and English prose that every Python carries."""
+def caption_texts() -> list[str]:
+    """Return captions of every subject in every style on every background, each worded in eight ways."""
     rng = random.Random(0)
-    captions = [
+    return [
         caption(subject, style, ground, rng)
         for _ in range(8)
         for subject in SUBJECTS + HELD_OUT_SUBJECTS
         for style in STYLES
         for ground in BACKGROUNDS
     ]
-    prose = [re.sub(r"[^A-Za-z' .,]+", " ", text) for text in pydoc_data.topics.topics.values()]
-    return captions + prose
+
+
+def prose_texts() -> list[str]:
+    """Return English prose that every Python carries: the articles of its ``help``."""
+    return [re.sub(r"[^A-Za-z' .,]+", " ", text) for text in pydoc_data.topics.topics.values()]
 
 
 def stranger_words(count: int) -> tuple[str, ...]:
-    """Return words of the prose corpus that name nothing in the captions, as stand-ins for unknown words."""
-    known = {word for text in corpus()[: 8 * 30 * 24] for word in text.split()}
-    words = sorted({w for text in corpus()[8 * 30 * 24 :] for w in re.findall(r"[a-z]{3,9}", text)} - known)
+    """Return words of the prose that name nothing in the captions, as stand-ins for unknown words."""
+    known = {word for text in caption_texts() for word in text.split()}
+    words = sorted({w for text in prose_texts() for w in re.findall(r"[a-z]{3,9}", text)} - known)
     return tuple(random.Random(0).sample(words, min(count, len(words))))
 
 
@@ -56,7 +59,7 @@ def train_tokenizer() -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus(), trainer)
+    bpe.train_from_iterator(caption_texts() + prose_texts(), trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt["merges"]]
     entries = letters + [letter + "</w>" for letter in letters]

@@ -100,6 +100,82 @@ def _rate(step: int, spec: UNetTraining) -> float:
     )
 
 
+@dataclass
+class _Run:
+    """What a run carries from step to step; its state file holds the same (not for publication)."""
+
+    unet: UNet2DConditionModel
+    average: AveragedModel
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+    def resume(self, state: Path, device: torch.device) -> None:
+        saved = torch.load(state, map_location=device, weights_only=True)
+        self.unet.load_state_dict(saved["unet"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+
+    def write(self, state: Path) -> None:
+        temporary = state.with_suffix(".tmp")
+        torch.save(
+            {
+                "unet": self.unet.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+            },
+            temporary,
+        )
+        os.replace(temporary, state)
+
+    def update(self, rate: float) -> None:
+        """Take one optimizer step from the gradients that are there."""
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.unet)
+        self.step += 1
+
+
+def _begin(unet: UNet2DConditionModel, spec: UNetTraining, device: torch.device) -> _Run:
+    # Plain matrix products: on CPUs the fused attention's backward is several times slower in bf16.
+    unet.set_attn_processor(AttnProcessor())
+    unet.to(device=device, memory_format=torch.channels_last)
+    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(spec.ema))
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=spec.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    return _Run(unet, average, optimizer)
+
+
+def _batch(
+    latents: Tensor, embeddings: Tensor, empty: Tensor, signal: Tensor, *, spec: UNetTraining, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return noisy latents, timesteps, text and velocities of one step, the same for one seed and step.
+
+    Args:
+        latents: ``[N, C, h, w]`` of all samples.
+        embeddings: ``[N, 77, WIDTH]`` of their captions.
+        empty: ``[77, WIDTH]`` of the empty caption.
+        signal: ``alphas_cumprod`` ``[1000]``, on the device of the run.
+    """
+    device = signal.device
+    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + step)
+    rows = torch.randint(len(latents), (spec.batch,), generator=generator)
+    clean = latents[rows].to(device, torch.float32)
+    text = embeddings[rows].to(device)
+    drop = torch.rand(spec.batch, generator=generator).to(device) < spec.unconditional
+    text = torch.where(drop[:, None, None], empty.to(device, text.dtype), text)
+    timestep = draw_timesteps(spec.batch, generator).to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    a = signal[timestep].sqrt()[:, None, None, None]
+    b = (1 - signal[timestep]).sqrt()[:, None, None, None]
+    return a * clean + b * noise, timestep, text, a * noise - b * clean
+
+
 def train_unet(
     unet: UNet2DConditionModel,
     latents: Tensor,
@@ -125,71 +201,30 @@ def train_unet(
         every_seconds: Time between saves.
     """
     device = torch.device(spec.device)
-    # Plain matrix products: on CPUs the fused attention's backward is several times slower in bf16.
-    unet.set_attn_processor(AttnProcessor())
-    unet.to(device=device, memory_format=torch.channels_last)
-    average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(spec.ema))
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=spec.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    first = 0
+    run = _begin(unet, spec, device)
     if state.exists():
-        saved = torch.load(state, map_location=device, weights_only=True)
-        unet.load_state_dict(saved["unet"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        run.resume(state, device)
     # One compiled program for any number of threads: a run may be resumed with another.
     torch._inductor.config.cpp.dynamic_threads = True
     forward = torch.compile(unet) if spec.compile else unet
     signal = new_scheduler().alphas_cumprod.to(device)
-    empty = empty.to(device)
-
-    def write(step: int) -> None:
-        temporary = state.with_suffix(".tmp")
-        torch.save(
-            {
-                "unet": unet.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-            },
-            temporary,
-        )
-        os.replace(temporary, state)
-        save(average.module, step)
-
     losses: list[float] = []
     last_save = time.monotonic()
-    progress = tqdm(range(first, spec.steps), initial=first, total=spec.steps, desc="unet", mininterval=10)
-    for step in progress:
-        generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + step)
-        rows = torch.randint(len(latents), (spec.batch,), generator=generator)
-        clean = latents[rows].to(device, torch.float32)
-        text = embeddings[rows].to(device)
-        drop = torch.rand(spec.batch, generator=generator).to(device) < spec.unconditional
-        text = torch.where(drop[:, None, None], empty.to(text.dtype), text)
-        timestep = draw_timesteps(spec.batch, generator).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        a, b = (
-            signal[timestep].sqrt()[:, None, None, None],
-            (1 - signal[timestep]).sqrt()[:, None, None, None],
-        )
+    steps = range(run.step, spec.steps)
+    for step in (progress := tqdm(steps, initial=run.step, total=spec.steps, desc="unet", mininterval=10)):
+        noisy, timestep, text, velocity = _batch(latents, embeddings, empty, signal, spec=spec, step=step)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            predicted = forward(a * clean + b * noise, timestep, text).sample
-        loss = F.mse_loss(predicted.float(), a * noise - b * clean)
+            predicted = forward(noisy, timestep, text).sample
+        loss = F.mse_loss(predicted.float(), velocity)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, spec)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(unet)
+        run.update(_rate(step, spec))
         losses = [*losses[-99:], loss.item()]
         if step % 20 == 0:
             progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
         if time.monotonic() - last_save > every_seconds:
-            write(step + 1)
+            run.write(state)
+            save(run.average.module, run.step)
             last_save = time.monotonic()
-    write(spec.steps)
+    run.write(state)
+    save(run.average.module, run.step)
     return sum(losses) / max(1, len(losses))
