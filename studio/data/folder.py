@@ -1,213 +1,252 @@
-"""A flat folder of pictures: captions in ``.txt`` files beside them, one prompt for those that have none."""
+"""Folders of pictures, read: every picture decoded once, and all problems told at once."""
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
-
+from studio.data.captions import caption_file, read_caption
+from studio.data.decode import SUFFIXES, open_picture
+from studio.data.masks import choose_mask, is_picture_file, masks_beside, named_like_a_mask
+from studio.data.picture import PLAIN, Picture, PictureSet, Treatment
 from studio.errors import DataError
-from studio.specs.train import TrainSpec
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded; 100 megapixels take 300 MB of memory."""
 NAMED = 8
 """How many files a message names before it counts the rest."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One training picture.
+class Subset:
+    """Pictures of one folder that are treated alike.
 
     Attributes:
-        path: Its file.
-        size: Width and height in pixels, upright (after the EXIF orientation).
-        caption: What it shows.
-        own_caption: Whether the caption is its own rather than the fallback prompt.
-    """
-
-    path: Path
-    size: tuple[int, int]
-    caption: str
-    own_caption: bool
-
-    def open(self) -> Image.Image:
-        """Return the picture upright, in RGB, transparent parts on white."""
-        return open_picture(self.path)
-
-
-@dataclass(frozen=True)
-class PictureSet:
-    """The pictures of a folder in the order of their names.
-
-    Attributes:
-        folder: Where they lie.
-        pictures: Those to train on.
-        skipped: Pictures left out by request, each as ``name: reason``.
-        ignored: Names of files and folders beside them that are neither pictures nor captions of one.
+        folder: Read without its sub-folders.
+        paths: Pictures that a list names; None for all of the folder.
+        captions: Captions that a list gives, by picture; they win over caption files.
+        list_file: The file with that list.
+        fallback: Caption of pictures that have none.
+        repeats: How many times an epoch holds each picture.
+        extension: Ending of caption files.
+        prefix: Put in front of every caption.
+        suffix: Put behind every caption.
+        treatment: How samples are made of the pictures.
+        masks: ``file``, ``alpha`` or ``off``.
+        mask_folder: Another folder with masks of the pictures' names.
     """
 
     folder: Path
-    pictures: tuple[Picture, ...]
-    skipped: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    paths: tuple[Path, ...] | None = None
+    captions: Mapping[Path, str] = field(default_factory=dict)
+    list_file: Path | None = None
+    fallback: str | None = None
+    repeats: int = 1
+    extension: str = ".txt"
+    prefix: str = ""
+    suffix: str = ""
+    treatment: Treatment = PLAIN
+    masks: str = "file"
+    mask_folder: Path | None = None
 
 
-def read_folder(spec: TrainSpec) -> PictureSet:
-    """Return the pictures and captions of ``spec.data``; decodes every picture once to know that it can be.
-
-    Raises:
-        DataError: If the folder is missing or holds no pictures, or some cannot be used: all are named.
-    """
-    return read_pictures(spec.data, prompt=spec.prompt, skip_bad=spec.skip_bad)
-
-
-def read_pictures(folder: Path, *, prompt: str | None = None, skip_bad: bool = False) -> PictureSet:
-    """Return the pictures of a folder.
+def read_pictures(
+    folder: Path,
+    *,
+    prompt: str | None = None,
+    skip_bad: bool = False,
+    treatment: Treatment = PLAIN,
+    setting: str = "data",
+    prompt_setting: str = "prompt",
+) -> PictureSet:
+    """Return the pictures of a flat folder.
 
     Args:
         folder: Read without its sub-folders.
         prompt: Caption of pictures that have none.
         skip_bad: Leave out pictures that cannot be read instead of refusing the folder.
+        treatment: How samples are made of them.
+        setting: Name of the setting that gives the folder, for messages.
+        prompt_setting: Name of the setting that gives the prompt.
 
     Raises:
-        DataError: As for ``read_folder``.
+        DataError: If the folder is missing or holds no pictures, or some cannot be used: all are named.
     """
-    paths, ignored = _list(folder)
-    pictures: list[Picture] = []
-    bad: list[str] = []
-    uncaptioned: list[str] = []
-    for path in paths:
-        try:
-            size = open_picture(path).size
-            own = _caption(path)
-        except DataError as error:
-            bad.append(str(error))
-            continue
-        if not own and not prompt:
-            uncaptioned.append(path.name)
-        pictures.append(Picture(path, size, own or prompt or "", bool(own)))
+    check_folder(folder, setting)
+    subset = Subset(folder, fallback=prompt, treatment=treatment)
+    return read_subsets([subset], root=folder, skip_bad=skip_bad, prompt_setting=prompt_setting)
+
+
+def read_subsets(
+    subsets: Sequence[Subset], *, root: Path, skip_bad: bool = False, prompt_setting: str = "prompt"
+) -> PictureSet:
+    """Return the pictures of several folders as one set.
+
+    Args:
+        subsets: Where they lie and how they are treated.
+        root: The folder or file that named them.
+        skip_bad: Leave out pictures that cannot be read instead of refusing them all.
+        prompt_setting: Name of the setting that captions pictures without a caption, for messages.
+
+    Raises:
+        DataError: If a folder holds no pictures, or some cannot be used: all are named.
+    """
+    readings = [_read(subset, name=_name(subset.folder, root)) for subset in subsets]
+    pictures = tuple(picture for reading in readings for picture in reading.pictures)
+    bad = [text for reading in readings for text in reading.bad]
+    uncaptioned = [text for reading in readings for text in reading.uncaptioned]
     problems = []
     if bad and not skip_bad:
         problems.append(
-            f"{_count(len(bad), 'picture')} in {folder} cannot be used:\n  {_lines(bad)}\n"
+            f"{count(len(bad), 'picture')} in {root} cannot be used:\n  {_lines(bad)}\n"
             "Repair or remove them, or set skip_bad (--skip-bad) to go on without them."
         )
     if uncaptioned:
         problems.append(
-            f"{_count(len(uncaptioned), 'picture')} without a caption and no prompt for them: "
-            f"{_named(uncaptioned)}. Give a prompt (--prompt) or write each caption into a .txt file of the "
-            "picture's name."
+            f"{count(len(uncaptioned), 'picture')} without a caption and no prompt for them: "
+            f"{named(uncaptioned)}. Give {option(prompt_setting)} or write each caption into a "
+            f"{subsets[0].extension} file of the picture's name."
         )
     if not problems and not pictures:
-        problems.append(
-            f"none of the {_count(len(bad), 'picture')} in {folder} can be read:\n  {_lines(bad)}"
-        )
+        problems.append(f"none of the {count(len(bad), 'picture')} in {root} can be read:\n  {_lines(bad)}")
     if problems:
         raise DataError("\n".join(problems))
-    return PictureSet(folder, tuple(pictures), tuple(bad), tuple(ignored))
+    ignored = tuple(text for reading in readings for text in reading.ignored)
+    return PictureSet(root, pictures, tuple(bad), ignored, tuple(_notes(pictures)))
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Return a picture upright, in RGB, transparent parts on white; of an animation its first frame.
+def check_folder(folder: Path, setting: str) -> None:
+    """Return if a folder of pictures is there.
 
     Raises:
-        DataError: ``name: reason`` if it is not a picture, is damaged or larger than ``MAX_PIXELS``; a
-            picture that is too large is not decoded.
+        DataError: If it is missing, is a file or is empty.
     """
-    try:
-        # Our own limit is checked on the header below, so PIL's warning at a lower one has nothing to add.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _check_size(path, image.size)
-                image.load()
-                return _flatten(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        _check_size(path, _header_size(path))
-        raise DataError(f"{path.name}: a part of it is larger than PIL decodes safely") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path.name}: not a picture, or damaged at its start") from None
-    # Decoders report damage by all of these.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, ArithmeticError) as error:
-        raise DataError(f"{path.name}: cannot be read, perhaps damaged or cut short ({error})") from None
-
-
-def _check_size(path: Path, size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path.name}: {width:,} x {height:,} px is too large, at most {MAX_PIXELS:,} pixels are "
-            "decoded; make it smaller"
-        )
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    """Return width and height from the header alone, past the size guard of ``Image.open``."""
-    with path.open("rb") as file:
-        prefix = file.read(16)
-        for factory, accepts in Image.OPEN.values():
-            if accepts is None or accepts(prefix) is not True:
-                continue
-            file.seek(0)
-            size: tuple[int, int] = factory(file, str(path)).size
-            return size
-    return (0, 0)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL cuts 16-bit grey at 255 instead of scaling it.
-        image = Image.fromarray(
-            (numpy.asarray(image).astype(numpy.float32) / 257).round().astype(numpy.uint8)
-        )
-    elif image.mode in ("I", "F"):
-        raise ValueError("32-bit grey, of which black and white are not known; save it with 8 or 16 bits")
-    if "A" not in image.getbands() and "a" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    layered = image.convert("RGBA")
-    white = Image.new("RGBA", layered.size, "white")
-    return Image.alpha_composite(white, layered).convert("RGB")
-
-
-def _list(folder: Path) -> tuple[list[Path], list[str]]:
     if not folder.exists():
         raise DataError(
-            f"the data folder {folder} does not exist. Give the folder with the training pictures (--data)."
+            f"the folder {folder} does not exist. Give the folder with the pictures as {option(setting)}."
         )
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is a file, not a folder. Give the folder with the training pictures (--data)."
+            f"{folder} is a file, not a folder. Give the folder with the pictures as {option(setting)}."
         )
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    paths = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
-    wanted = "Put pictures there (" + ", ".join(sorted(suffix[1:] for suffix in SUFFIXES)) + ")."
-    if not entries:
-        raise DataError(f"the data folder {folder} is empty. {wanted}")
+    if not any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise DataError(f"the data folder {folder} is empty. {_WANTED}")
+
+
+@dataclass
+class _Reading:
+    pictures: list[Picture] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    uncaptioned: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def _read(subset: Subset, *, name: str) -> _Reading:
+    """Read a subset; ``name`` stands in front of its files in messages."""
+    masks = masks_beside(subset.folder, more=subset.mask_folder)
+    used = {mask for found in masks.values() for mask in found}
+    paths = list_pictures(subset)
+    reading = _Reading(ignored=[name + text for text in _ignored(subset, paths, used)])
+    for path in paths:
+        beside = masks if path.parent == subset.folder else masks_beside(path.parent)
+        try:
+            picture = _picture(path, subset, beside)
+        except DataError as error:
+            reading.bad.append(f"{name}{error}")
+            continue
+        if not picture.caption and picture.treatment.trigger is None:
+            reading.uncaptioned.append(name + path.name)
+        reading.pictures.append(picture)
+    return reading
+
+
+def _picture(path: Path, subset: Subset, masks: Mapping[str, Sequence[Path]]) -> Picture:
+    size = open_picture(path).size
+    own = subset.captions.get(path)
+    if not own:
+        file = caption_file(path, subset.extension)
+        own = read_caption(file) if file else ""
+    caption = own or subset.fallback or ""
+    floor = subset.treatment.unmasked_weight
+    return Picture(
+        path,
+        size,
+        " ".join(part for part in (subset.prefix, caption, subset.suffix) if part),
+        bool(own),
+        repeats=subset.repeats,
+        treatment=subset.treatment,
+        mask=choose_mask(path, size, masks, kind=subset.masks, floor=floor),
+    )
+
+
+def list_pictures(subset: Subset) -> Sequence[Path]:
+    """Return the picture files of a subset, masks apart, without opening them.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if subset.paths is not None:
+        return subset.paths
+    folder = subset.folder
+    masks = {mask for found in masks_beside(folder).values() for mask in found}
+    paths = sorted(path for path in folder.iterdir() if is_picture_file(path) and path not in masks)
     if not paths:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
         names = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
-        raise DataError(f"no pictures in {folder}, only {_named(names)}; sub-folders are not read. {wanted}")
-    captions = {path.with_suffix(".txt") for path in paths}
-    ignored = [
+        only = f", only {named(names)}; sub-folders are read if they are named like 10_dog" if names else ""
+        inner = [entry for entry in entries if entry.is_dir() and _holds_pictures(entry)]
+        hint = f" Did you mean {inner[0]}?" if inner else f" {_WANTED}"
+        raise DataError(f"no pictures in {folder}{only}.{hint}")
+    return paths
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(
+        is_picture_file(path) or (path.is_dir() and any(map(is_picture_file, path.iterdir())))
+        for path in folder.iterdir()
+    )
+
+
+def _ignored(subset: Subset, paths: Sequence[Path], masks: set[Path]) -> list[str]:
+    """Return the names of what lies in a folder and is not used."""
+    used = {file for path in paths if (file := _caption_file(path, subset.extension))} | set(paths)
+    used |= {folder for path in paths for folder in path.parents} | {subset.list_file or subset.folder}
+    if subset.masks == "file":
+        used |= masks | {mask.parent for mask in masks} - {subset.folder}
+    return [
         entry.name + ("/" if entry.is_dir() else "")
-        for entry in entries
-        if entry not in captions and entry not in set(paths)
+        for entry in sorted(subset.folder.iterdir())
+        if entry not in used and not entry.name.startswith(".")
     ]
-    return paths, ignored
 
 
-def _caption(path: Path) -> str:
-    file = path.with_suffix(".txt")
-    if not file.is_file():
-        return ""
+def _caption_file(path: Path, extension: str) -> Path | None:
     try:
-        # A byte order mark, as some editors write, is not part of the caption.
-        return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise DataError(f"{file.name}: the caption is not UTF-8 text") from None
+        return caption_file(path, extension)
+    except DataError:
+        # Told where the picture is read.
+        return None
+
+
+def _notes(pictures: Sequence[Picture]) -> list[str]:
+    masklike = [picture.path.name for picture in pictures if named_like_a_mask(picture.path)]
+    return (
+        [f"named like a mask, but of no picture, so trained on as a picture: {named(masklike)}."]
+        if masklike
+        else []
+    )
+
+
+def _name(folder: Path, root: Path) -> str:
+    """Return what tells a subset's files from those of others: nothing where there is one folder."""
+    if folder == root:
+        return ""
+    return f"{folder.relative_to(root) if folder.is_relative_to(root) else folder}/"
+
+
+_WANTED = "Put pictures there (" + ", ".join(sorted(suffix[1:] for suffix in SUFFIXES)) + ")."
+
+
+def option(setting: str) -> str:
+    """Return a setting's name and its flag, for messages."""
+    return f"{setting} (--{setting.replace('_', '-')})"
 
 
 def _shown(names: Sequence[str]) -> list[str]:
@@ -215,7 +254,8 @@ def _shown(names: Sequence[str]) -> list[str]:
     return [*names[:NAMED], f"and {rest} more"] if rest > 0 else list(names)
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """Return names in a row, the later ones of many only counted."""
     return ", ".join(_shown(names))
 
 
@@ -223,5 +263,6 @@ def _lines(names: Sequence[str]) -> str:
     return "\n  ".join(_shown(names))
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,141 @@
+"""What a run reads, made ready for its base: sizes, encoded pictures and encoded captions."""
+
+from collections.abc import Callable, Container
+
+import torch
+from diffusers import DiffusionPipeline
+
+from studio.data.batches import Samples
+from studio.data.buckets import Buckets
+from studio.data.cache import Cache, DiskCache, Facts, MemoryCache, network_fingerprint
+from studio.data.picture import PictureSet
+from studio.errors import TrainingError
+from studio.specs.train import TrainSpec
+from studio.trainers.step import Batches, Latents, NoiseSchedule, Prompts
+
+Tell = Callable[[str], None]
+
+
+def make_buckets(pipe: DiffusionPipeline, spec: TrainSpec, resolution: int) -> Buckets:
+    """Return the sizes that a run brings its pictures to.
+
+    Raises:
+        TrainingError: If the base cannot work with the step between them.
+    """
+    if not spec.buckets:
+        return Buckets.square(resolution)
+    factor: int = pipe.vae_scale_factor
+    # The UNet of SD halves its latents three times.
+    step = spec.bucket_step or 8 * factor
+    if step % factor:
+        raise TrainingError(f"bucket_step must be a multiple of {factor} for this base, got {step}.")
+    return Buckets.around(
+        resolution,
+        step=step,
+        smallest=spec.bucket_min or resolution // 2,
+        largest=spec.bucket_max or resolution * 2,
+        upscale=spec.bucket_upscale,
+    )
+
+
+def make_batches(
+    pipe: DiffusionPipeline,
+    spec: TrainSpec,
+    pictures: PictureSet,
+    class_pictures: PictureSet | None,
+    *,
+    buckets: Buckets,
+    device: torch.device,
+    tell: Tell,
+) -> Batches:
+    """Return the course of batches of a run.
+
+    Raises:
+        DataError: If a picture fits no bucket.
+        OutputError: If the cache cannot be written.
+        TrainingError: If there is no folder for a cache on disk.
+    """
+    cache = _cache(spec, "latents", lambda: {"vae": network_fingerprint(pipe.vae), "on": device.type}, tell)
+    num_timesteps = NoiseSchedule(pipe).num_timesteps
+    group = spec.batch_size * spec.gradient_accumulation
+
+    def latents(found: PictureSet, stream: str) -> Latents:
+        samples = Samples(
+            found,
+            seed=spec.seed,
+            buckets=buckets,
+            num_timesteps=num_timesteps,
+            group=group,
+            stream=stream,
+            noise_offset=spec.noise_offset,
+        )
+        return Latents(pipe, samples, device=device, cache=cache)
+
+    prior = latents(class_pictures, "class ") if class_pictures else None
+    return Batches(latents(pictures, ""), prior, prior_weight=spec.prior_weight)
+
+
+def make_validation(
+    pipe: DiffusionPipeline, spec: TrainSpec, pictures: PictureSet, *, buckets: Buckets, device: torch.device
+) -> Latents:
+    """Return the samples that a run measures its loss on.
+
+    Raises:
+        DataError: If a picture fits no bucket.
+    """
+    samples = Samples(
+        pictures,
+        seed=spec.seed,
+        buckets=buckets,
+        num_timesteps=NoiseSchedule(pipe).num_timesteps,
+        stream="validation ",
+    )
+    return Latents(pipe, samples, device=device, cache=None if spec.cache == "off" else MemoryCache())
+
+
+def make_prompts(
+    pipe: DiffusionPipeline,
+    spec: TrainSpec,
+    recurring: Container[str],
+    *,
+    trained: bool,
+    precision: str,
+    tell: Tell,
+) -> Prompts:
+    """Return what encodes a run's captions.
+
+    Args:
+        pipe: The base.
+        spec: Says where encoded captions are kept.
+        recurring: Those that come again.
+        trained: Whether the text encoders change, so that nothing may be kept.
+        precision: Number type of the forward pass.
+        tell: Told of damaged files.
+
+    Raises:
+        OutputError: If the cache cannot be written.
+        TrainingError: If there is no folder for a cache on disk.
+    """
+
+    def settings() -> Facts:
+        # The type of each caption's numbers follows from the encoders' own and the forward pass's.
+        facts: dict[str, object] = {"precision": precision, "on": next(pipe.unet.parameters()).device.type}
+        for suffix in ("", "_2"):
+            encoder = getattr(pipe, f"text_encoder{suffix}", None)
+            if encoder is not None:
+                facts[f"encoder{suffix}"] = network_fingerprint(encoder)
+                facts[f"words{suffix}"] = getattr(pipe, f"tokenizer{suffix}").get_vocab()
+        return facts | {"zero_empty": bool(pipe.config.get("force_zeros_for_empty_prompt", False))}
+
+    cache = None if trained else _cache(spec, "captions", settings, tell)
+    return Prompts(pipe, cache=cache, recurring=recurring, trained=trained)
+
+
+def _cache(spec: TrainSpec, kind: str, settings: Callable[[], Facts], tell: Tell) -> Cache | None:
+    if spec.cache == "off":
+        return None
+    if spec.cache == "memory":
+        return MemoryCache()
+    if spec.cache_folder is None:
+        raise TrainingError("cache is 'disk' but there is no folder for it. Give cache_folder.")
+    return DiskCache(spec.cache_folder / kind, settings=settings(), tell=tell)
