@@ -1,0 +1,41 @@
+"""DoRA, arXiv:2402.09353: LoRA on the weights' directions, their lengths learned apart."""
+
+from typing import TYPE_CHECKING, Any
+
+from studio.registry import TRAINERS
+from studio.trainers.layer_method import PEFT_NAME, copied
+from studio.trainers.low_rank import LowRankMethod, LowRankOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from studio.adapters.kinds.dora import DoraChange
+
+
+class DoraOptions(LowRankOptions):
+    """Options of the method ``dora``."""
+
+
+@TRAINERS.register("dora")
+class Dora(LowRankMethod):
+    """Trainer of DoRA through peft's layers, which do not send gradients through the lengths' divisor.
+
+    The default format is the one whose reader computes what was trained: of the tools that read kohya's
+    names, LyCORIS alone does.
+    """
+
+    Options = DoraOptions
+    kind = "dora"
+    format = "diffusers"
+    use_dora = True
+
+    def parameters(self, layer: Any) -> "dict[str, nn.Parameter]":
+        """Return the matrices and the magnitudes."""
+        return {**super().parameters(layer), "magnitude": layer.lora_magnitude_vector[PEFT_NAME].weight}
+
+    def change(self, layer: Any) -> "DoraChange":
+        """Return the product and the magnitudes."""
+        from studio.adapters.kinds.dora import DoraChange
+
+        magnitude = copied(layer.lora_magnitude_vector[PEFT_NAME].weight).flatten()
+        return DoraChange(self.product(layer), magnitude)
