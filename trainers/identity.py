@@ -1,0 +1,128 @@
+"""What a run and the one that it goes on from must have in common: settings, base and pictures."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from studio.data.cache import file_fingerprint
+from studio.data.picture import Picture, PictureSet
+from studio.errors import TrainingError
+from studio.specs.train import TrainSpec
+
+Identity = Mapping[str, Any]
+
+MAY_CHANGE = frozenset(
+    {
+        "steps",
+        # Where things lie; what lies there is compared itself.
+        "base",
+        "data",
+        "class_data",
+        "validation_data",
+        "output",
+        "cache_folder",
+        # What no parameter depends on.
+        "author",
+        "cache",
+        "checkpoint_every",
+        "device",
+        "format",
+        "keep_adapters",
+        "keep_checkpoints",
+        "overwrite",
+        "resume",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "save_every",
+        "skip_bad",
+        "tracker",
+        "validate_every",
+    }
+)
+"""Settings that may differ from those that a run was started with."""
+
+
+def identity(
+    spec: TrainSpec, *, base: str, precision: str, data: Mapping[str, PictureSet | None]
+) -> dict[str, Any]:
+    """Return what a later run is compared with.
+
+    Args:
+        spec: The run.
+        base: The base's fingerprint.
+        precision: Number type of the forward pass.
+        data: Its pictures by what they are for.
+    """
+    settings = spec.model_dump(mode="json", exclude={"options", *MAY_CHANGE})
+    if spec.class_prompts and spec.class_data is None:
+        # Class pictures are drawn with as many steps as samples.
+        settings["sample_steps"] = spec.sample_steps
+    return {
+        "settings": settings | spec.options.model_dump(mode="json") | {"precision": precision},
+        "steps": spec.steps,
+        "base": base,
+        "data": {name: mark for what, found in data.items() if found for name, mark in _marks(what, found)},
+    }
+
+
+def check_same(before: Identity, now: Identity, *, step: int) -> None:
+    """Refuse to go on with another run than the one that was begun.
+
+    Args:
+        before: Of the run that wrote the checkpoint.
+        now: Of this run.
+        step: After which the checkpoint was written.
+
+    Raises:
+        TrainingError: Names all that differs.
+    """
+    problems = []
+    if now["steps"] < step:
+        problems.append(f"steps is {now['steps']}, fewer than the {step} that are done")
+    old, new = before["settings"], now["settings"]
+    problems += [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if before["base"] != now["base"]:
+        problems.append("the base model has other weights")
+    problems += _differences(before["data"], now["data"])
+    if problems:
+        raise TrainingError(
+            f"the run that was begun cannot go on, it has changed since: {'; '.join(problems)}. Put it back, "
+            "or start anew without resume. Only these settings may change: "
+            f"{', '.join(sorted(MAY_CHANGE))}."
+        )
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    found = {
+        "new pictures": now.keys() - before.keys(),
+        "missing pictures": before.keys() - now.keys(),
+        "changed pictures or captions": {
+            name for name in before.keys() & now.keys() if before[name] != now[name]
+        },
+    }
+    return [f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names]
+
+
+def _marks(what: str, found: PictureSet) -> list[tuple[str, str]]:
+    """Return each picture's name and a hash of its content, its mask's, its caption and its treatment."""
+    marks: dict[str, str] = {}
+    for picture in found.pictures:
+        name = f"{what}/{_name(picture.path, found.folder)}"
+        # A picture may be in a set twice, in two folders of a data set file.
+        marks[name] = hashlib.sha256(f"{marks.get(name)}{_content(picture)}".encode()).hexdigest()
+    return list(marks.items())
+
+
+def _content(picture: Picture) -> str:
+    files = [file_fingerprint(file) for file in (picture.path, picture.mask) if file is not None]
+    return repr((files, picture.caption, picture.repeats, picture.treatment))
+
+
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else Path(path.parent.name, path.name))
