@@ -18,27 +18,39 @@ if TYPE_CHECKING:
         save_adapter,
         train,
     )
+    from studio.data.captioner import caption_folder
     from studio.errors import StudioError
-    from studio.specs import GenerateSpec, TrainSpec
+    from studio.probing import probe
+    from studio.specs import GenerateSpec, ProbeSpec, TrainSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GenerateSpec",
+    "ProbeSpec",
     "Result",
     "StudioError",
     "TrainResult",
     "TrainSpec",
+    "caption_folder",
     "compose",
     "generate",
     "generate_batch",
     "load_adapter",
     "load_base",
+    "probe",
     "save_adapter",
     "train",
 ]
 
-_HOMES = {"GenerateSpec": "studio.specs", "TrainSpec": "studio.specs", "StudioError": "studio.errors"}
+_HOMES = {
+    "GenerateSpec": "studio.specs",
+    "ProbeSpec": "studio.specs",
+    "StudioError": "studio.errors",
+    "TrainSpec": "studio.specs",
+    "caption_folder": "studio.data.captioner",
+    "probe": "studio.probing",
+}
 
 
 def __getattr__(name: str) -> Any:

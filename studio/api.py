@@ -1,31 +1,34 @@
 """The Python interface: load, train, compose, draw. The command line and the page's worker call the same."""
 
-import hashlib
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.adapters.files import load_adapter, save_adapter
-from studio.adapters.header import read_header
 from studio.composition.engine import compose
 from studio.errors import OutputError, UsageError
 from studio.generation import Settings, Stopped, draw, quiet, solver
-from studio.models.base import fingerprint, load_base
+from studio.models.base import load_base
 from studio.models.device import resolve_device, resolve_dtype
-from studio.png import Facts, infotext, write_png
+from studio.png import infotext, write_png
+from studio.provenance import adapter_names, differences, facts_of
 from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec, parse_spec
 from studio.trainers import loop
+from studio.trainers.outputs import part_paths, save_trained
+from studio.trainers.run_folder import RunFolder
+from studio.workspace import workspace
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
     from studio.adapters.adapter import Adapter
+    from studio.trainers.job import SampleFunction
 
 __all__ = [
     "Result",
@@ -51,6 +54,7 @@ class TrainResult:
         losses: Loss of each optimizer step.
         seconds: Time of all, the loading of the base included.
         stopped: Whether it was asked to stop before its last step.
+        parts: Files of the adapter's parts, by what the method calls them.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class TrainResult:
     losses: tuple[float, ...]
     seconds: float
     stopped: bool
+    parts: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,9 @@ def train(
         TrainingError: If the run cannot start or go on.
     """
     start = time.monotonic()
-    _check_writable(spec.output, overwrite=spec.overwrite)
+    parts = part_paths(spec.output, spec)
+    for path in (spec.output, *parts.values()):
+        _check_writable(path, overwrite=spec.may_replace)
     tell = on_event or _nobody
     losses: list[float] = []
     stops: list[bool] = []
@@ -111,17 +118,23 @@ def train(
             stops.append(True)
         return bool(stops)
 
+    if spec.cache == "disk" and spec.cache_folder is None:
+        spec = spec.model_copy(update={"cache_folder": workspace().encoded})
     # The CPU trains from fp32 weights whatever the forward pass computes in.
     on_cpu = resolve_device(spec.device).type == "cpu"
     pipe = _cached_base(spec.base, spec.device, "fp32" if on_cpu else spec.precision)
     with quiet(pipe):
         adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=_sampler(spec))
-    path = save_adapter(adapter, spec.output, format=spec.format, overwrite=spec.overwrite)
-    tell(Event(kind="saved", path=path, message=f"wrote {path}"))
+    events = [
+        Event(kind="saved", path=path, message=f"wrote {path}")
+        for path in save_trained(adapter, spec.output, spec, base=pipe, overwrite=spec.may_replace)
+    ]
     seconds = time.monotonic() - start
     values = {"seconds": seconds} | ({"loss": losses[-1]} if losses else {})
-    tell(Event(kind="finished", path=path, values=values))
-    return TrainResult(path, adapter, tuple(losses), seconds, bool(stops))
+    for event in (*events, Event(kind="finished", path=spec.output, values=values)):
+        RunFolder(spec.output).record(event)
+        tell(event)
+    return TrainResult(spec.output, adapter, tuple(losses), seconds, bool(stops), parts)
 
 
 def generate(
@@ -131,7 +144,8 @@ def generate(
 
     Args:
         spec: The request.
-        on_event: Told of progress in denoising steps and of each written picture.
+        on_event: Told of progress in denoising steps, of each written picture, and of a base or adapter whose
+            hash is not the expected one.
         stop: Asked between denoising steps; the pictures finished by then are returned.
 
     Raises:
@@ -140,16 +154,13 @@ def generate(
         AdapterError: If an adapter cannot be read or does not fit.
     """
     seeds = range(spec.seed, spec.seed + spec.count)
-    paths = [spec.output / f"{index:04d}-{seed}.png" for index, seed in enumerate(seeds)]
-    for path in paths:
-        _check_writable(path, overwrite=spec.overwrite)
+    singles = [spec.model_copy(update={"seed": seed, "count": 1}) for seed in seeds]
+    paths = _picture_paths(singles)
     tell = on_event or _nobody
     results: list[Result] = []
     try:
-        singles = [spec.model_copy(update={"seed": seed, "count": 1}) for seed in seeds]
         for result in _draw_all(singles, batch_size=spec.batch_size, paths=paths, tell=tell, stop=stop):
             results.append(result)
-            tell(Event(kind="picture", path=result.path, step=len(results), total=spec.count))
     except Stopped:
         tell(Event(kind="message", message=f"stopped after {len(results)} of {spec.count} pictures"))
     tell(Event(kind="finished", path=spec.output, values={"pictures": float(len(results))}))
@@ -173,8 +184,11 @@ def generate_batch(
     scheduler: str = "default",
     precision: str = "auto",
     device: str = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
 ) -> Iterator[Result]:
-    """Yield a picture of every prompt with every seed, prompt by prompt, as they come; nothing is written.
+    """Yield a picture of every prompt with every seed, prompt by prompt, as they come.
 
     The adapters stay on the base until the iterator is used up or closed.
 
@@ -194,9 +208,13 @@ def generate_batch(
         scheduler: Solver.
         precision: Number type.
         device: Where to draw.
+        output: Folder to write each picture to, as `generate` does; None writes nothing.
+        overwrite: Replace pictures of the same name.
+        on_event: Told of progress in denoising steps and of each written picture.
 
     Raises:
         UsageError: If a value is out of range.
+        OutputError: If a picture exists and may not be replaced, or cannot be written.
         BaseModelError: If the base cannot be loaded.
         AdapterError: If an adapter cannot be read or does not fit.
     """
@@ -216,21 +234,32 @@ def generate_batch(
         "scheduler": scheduler,
         "precision": precision,
         "device": device,
+        "overwrite": overwrite,
+        **({} if output is None else {"output": output}),
     }
     specs = [
         parse_spec(GenerateSpec, {**shared, "prompt": text, "seed": seed})
         for text in prompts
         for seed in seeds
     ]
-    return _draw_all(specs, batch_size=batch_size)
+    paths = () if output is None else _picture_paths(specs)
+    return _draw_all(specs, batch_size=batch_size, paths=paths, tell=on_event or _nobody)
+
+
+def _picture_paths(specs: Sequence[GenerateSpec]) -> list[Path]:
+    """Return each picture's file, ``<index>-<seed>.png``, after checking that all may be written."""
+    paths = [spec.output / f"{index:04d}-{spec.seed}.png" for index, spec in enumerate(specs)]
+    for path, spec in zip(paths, specs, strict=True):
+        _check_writable(path, overwrite=spec.overwrite)
+    return paths
 
 
 def _draw_all(
     specs: Sequence[GenerateSpec],
     *,
     batch_size: int,
-    paths: Sequence[Path] = (),
-    tell: OnEvent | None = None,
+    paths: Sequence[Path],
+    tell: OnEvent,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[Result]:
     """Yield each specification's picture, written if there are paths; only prompt and seed may differ."""
@@ -244,14 +273,15 @@ def _draw_all(
         stack.enter_context(quiet(pipe))
         sampler = stack.enter_context(solver(pipe, first.scheduler))
         # Before composing: inside, the fingerprint would be that of the composed weights.
-        facts = _facts(pipe, first, sampler)
+        facts = facts_of(pipe, first, sampler=sampler)
+        for line in differences(first, facts):
+            tell(Event(kind="message", message=line))
         stack.enter_context(_composed(pipe, first))
         for start in range(0, len(specs), batch_size):
             batch = specs[start : start + batch_size]
 
             def report(done: int, start: int = start, size: int = len(batch)) -> None:
-                if tell:
-                    tell(Event(kind="progress", step=first.steps * start + done * size, total=total))
+                tell(Event(kind="progress", step=first.steps * start + done * size, total=total))
 
             images = draw(
                 pipe,
@@ -265,13 +295,15 @@ def _draw_all(
                 known = replace(facts, width=image.width, height=image.height)
                 path = paths[index] if paths else None
                 text = write_png(image, path, spec, known) if path else infotext(spec, known)
+                if path:
+                    tell(Event(kind="picture", path=path, step=index + 1, total=len(specs)))
                 yield Result(image, spec.prompt, spec.seed, text, path)
 
 
 def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextManager[Any]:
     if not spec.adapters:
         return ExitStack()
-    names = _names(spec.adapters)
+    names = adapter_names(spec.adapters)
     adapters = {
         name: load_adapter(use.path, base=pipe, name=name)
         for name, use in zip(names, spec.adapters, strict=True)
@@ -280,52 +312,18 @@ def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextM
     return compose(pipe, adapters, method=spec.method, weights=weights, options=spec.options)
 
 
-def _names(uses: Sequence[AdapterUse]) -> list[str]:
-    """Return a name for each adapter: its file's stem, numbered where two are alike."""
-    names: list[str] = []
-    for use in uses:
-        stem, number = use.path.stem, 2
-        name = stem
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _facts(pipe: "DiffusionPipeline", spec: GenerateSpec, sampler: str) -> Facts:
-    return Facts(
-        width=0,
-        height=0,
-        sampler=sampler.removesuffix("Scheduler"),
-        model=Path(spec.base).name.removesuffix(".safetensors"),
-        model_hash=fingerprint(pipe),
-        adapter_hashes={
-            name: _tensor_hash(use.path)
-            for name, use in zip(_names(spec.adapters), spec.adapters, strict=True)
-        },
-    )
-
-
-def _tensor_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's tensors, by which other programs look adapters up."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(read_header(path).data_start)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sampler(spec: TrainSpec) -> "Callable[[DiffusionPipeline, Adapter | None, str, int], Image]":
-    """Return what draws a training run's samples: the same way as `generate` draws."""
+def _sampler(spec: TrainSpec) -> "SampleFunction":
+    """Return what draws a training run's samples and class pictures: the same way as `generate` draws."""
     settings = Settings(steps=spec.sample_steps, width=spec.resolution, height=spec.resolution)
 
-    def sample(pipe: "DiffusionPipeline", adapter: "Adapter | None", prompt: str, seed: int) -> "Image":
+    def sample(
+        pipe: "DiffusionPipeline", adapter: "Adapter | None", prompts: Sequence[str], seeds: Sequence[int]
+    ) -> "list[Image]":
         with ExitStack() as stack:
             stack.enter_context(solver(pipe, "default"))
             if adapter is not None:
                 stack.enter_context(compose(pipe, {"adapter": adapter}))
-            return draw(pipe, [prompt], [seed], settings=settings)[0]
+            return draw(pipe, prompts, seeds, settings=settings)
 
     return sample
 

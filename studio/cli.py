@@ -13,10 +13,11 @@ from studio.errors import StudioError, UsageError
 from studio.flags import Parser, read_spec_arguments
 from studio.interrupt import SafeStop
 from studio.registry import COMPOSERS, FORMATS, KINDS, TRAINERS, nearest
-from studio.specs import GenerateSpec, TrainSpec
+from studio.specs import GenerateSpec, ProbeSpec, TrainSpec
 
 Command = Callable[[Parser, Sequence[str]], int]
 INTERRUPTED = 130
+_CONVERT = ("base", "precision", "any_base", "reference")
 
 
 def train(parser: Parser, argv: Sequence[str]) -> int:
@@ -57,6 +58,47 @@ def generate(parser: Parser, argv: Sequence[str]) -> int:
     for result in results:
         print(result.path)
     return INTERRUPTED if len(results) < spec.count else 0
+
+
+def probe(parser: Parser, argv: Sequence[str]) -> int:
+    """Measure what each attention block of a base carries, content or style."""
+    parser.epilog = "  studio probe --base starter --pairs 24 --output probe/"
+    spec, _ = read_spec_arguments(parser, ProbeSpec, argv)
+    from studio.progress import Progress
+
+    with Progress("probing", say) as on_event:
+        from studio.probing import probe as measure
+
+        report = measure(spec, on_event=on_event)
+    for line in (*report.lines(), "", report.table, report.grid, report.bars):
+        print(line)
+    return 0
+
+
+def caption(parser: Parser, argv: Sequence[str]) -> int:
+    """Write captions beside pictures that have none, with an image-to-text model."""
+    parser.epilog = "  studio caption my_dog/ --model Salesforce/blip-image-captioning-base"
+    parser.add_argument("folder", type=Path, help="the pictures, flat or in kohya's N_name folders")
+    parser.add_argument("--model", required=True, metavar="NAME", help="folder or hub id, such as of BLIP")
+    parser.add_argument("--prompt", metavar="TEXT", help="how captions begin, or what to ask a chat model")
+    parser.add_argument("--extension", default=".txt", metavar="TEXT", help="of the captions [%(default)s]")
+    parser.add_argument("--max-tokens", type=int, default=60, metavar="N", help="length [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="also write those that are there already")
+    parser.add_argument(
+        "--device", default="auto", metavar="TEXT", help="'auto', 'cpu', 'cuda' [%(default)s]"
+    )
+    arguments = vars(parser.parse_args(argv))
+    from studio.progress import Progress
+
+    with SafeStop() as stop, Progress("captioning", say) as on_event:
+        from studio.data.captioner import caption_folder
+
+        folder, model = arguments.pop("folder"), arguments.pop("model")
+        result = caption_folder(folder, model, **arguments, on_event=on_event, stop=stop)
+    for path in result.written:
+        print(path)
+    say(f"{len(result.written)} captions written, {len(result.kept)} kept", *result.failed)
+    return INTERRUPTED if result.stopped else int(bool(result.failed))
 
 
 def ui(parser: Parser, argv: Sequence[str]) -> int:
@@ -133,26 +175,44 @@ def inspect(parser: Parser, argv: Sequence[str]) -> int:
 
 
 def convert(parser: Parser, argv: Sequence[str]) -> int:
-    """Write an adapter file in another format."""
+    """Write an adapter for other tools: another format, low-rank, or merged into its base."""
     parser.add_argument("file", type=Path, help="the adapter to read")
-    parser.add_argument("--format", default="diffusers", metavar="NAME", help="to write [%(default)s]")
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, metavar="PATH", help="adapter file to write")
+    target.add_argument(
+        "--into-base", type=Path, metavar="FOLDER", help="diffusers folder to write, base and adapter merged"
+    )
+    parser.add_argument("--format", metavar="NAME", help="of the file to write [diffusers]")
     parser.add_argument("--base", default="starter", help="base model it was trained on [%(default)s]")
     parser.add_argument(
-        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace the output"
+        "--precision", choices=("fp16", "bf16", "fp32"), help="number type to write [depends on the changes]"
     )
-    arguments = parser.parse_args(argv)
-    FORMATS[arguments.format]
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="approximate every change by this rank; says what is lost"
+    )
+    for flag, text in (
+        ("--any-base", "take an adapter that names another base"),
+        ("--reference", "the file is an unet.pt of SaRA's reference program; --base must be its base"),
+        ("--overwrite", "replace the output file"),
+    ):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
+    given = parser.parse_args(argv)
+    form, common = given.format or "diffusers", {key: getattr(given, key) for key in _CONVERT}
+    FORMATS[form]
+    if given.into_base:
+        if given.format or given.rank is not None or given.overwrite:
+            raise UsageError("--into-base writes a whole new model. Leave out --format, --rank, --overwrite.")
+        from studio.conversion import merge_into_base
+
+        print(merge_into_base(given.file, given.into_base, **common))
+        return 0
     from studio.inspection import refuse_existing
 
-    refuse_existing(arguments.output, overwrite=arguments.overwrite)
-    from studio import api
+    refuse_existing(given.output, overwrite=given.overwrite)
+    from studio.conversion import convert_file
 
-    adapter = api.load_adapter(
-        arguments.file, base=api.load_base(arguments.base, device="cpu", precision="fp32")
-    )
-    path = api.save_adapter(adapter, arguments.output, format=arguments.format, overwrite=arguments.overwrite)
-    print(path)
+    own = {"format": form, "rank": given.rank, "overwrite": given.overwrite, "say": say}
+    print(convert_file(given.file, given.output, **own, **common))
     return 0
 
 
@@ -198,10 +258,12 @@ def demo(parser: Parser, argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "train": train,
     "generate": generate,
+    "caption": caption,
     "ui": ui,
     "demo": demo,
     "inspect": inspect,
     "convert": convert,
+    "probe": probe,
     "jobs": jobs,
     "list": show_names,
     "doctor": doctor,
@@ -255,7 +317,7 @@ def _dispatch(words: list[str]) -> int:
         )
     command = COMMANDS[name]
     parser = Parser(prog=f"studio {name}", description=command.__doc__)
-    if command in (train, generate):
+    if command in (train, generate, probe):
         parser.usage = f"studio {name} [options]"
     try:
         return command(parser, rest)
@@ -275,9 +337,9 @@ def _picture_settings(argv: Sequence[str]) -> dict[str, Any]:
     picture = parser.parse_known_args(argv)[0].picture
     if picture is None or {"-h", "--help"} & set(argv):
         return {}
-    from studio.png import NOT_OF_THE_PICTURE, read_spec
+    from studio.png import read_spec
 
-    return read_spec(picture).model_dump(exclude=set(NOT_OF_THE_PICTURE))
+    return read_spec(picture).model_dump()
 
 
 def _described(registry: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from studio.errors import OutputError
-from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec
+from studio.specs import Event, OnEvent, TrainSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +21,22 @@ if TYPE_CHECKING:
 
 SUBJECT = "robot"
 PROMPT = "a photo of sks robot"
-_GROUNDS = ("red", "blue", "green", "yellow")
+CLASS_PROMPTS = (
+    "a photo of a cat on a red background",
+    "a photo of a dog on a blue background",
+    "a photo of a panda on a green background",
+    "a photo of a car on a yellow background",
+    "a photo of a house on a gray background",
+    "a photo of an apple on a white background",
+    "a sketch of an owl on a yellow background",
+    "a sketch of a guitar on a white background",
+    "pixel art of a mushroom on a blue background",
+    "pixel art of a turtle on a red background",
+    "a watercolor painting of a tree on a green background",
+    "a watercolor painting of a butterfly on a gray background",
+)
+"""Half of the base's subjects, in every style: what the adapter is kept from changing."""
+PROMPTS = tuple(f"{PROMPT} on a {ground} background" for ground in ("red", "blue", "green", "yellow"))
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,11 @@ def demo_training(output: Path) -> TrainSpec:
             "prompt": PROMPT,
             "output": output / f"{SUBJECT}.safetensors",
             "overwrite": True,
-            "steps": 300,
-            "batch_size": 4,
+            "steps": 400,
+            "batch_size": 2,
+            "class_prompts": CLASS_PROMPTS,
+            "class_pictures": 24,
+            "sample_steps": 15,
             "learning_rate": 1e-3,
             "text_encoder_learning_rate": 1e-3,
             "train_text_encoder": True,
@@ -91,18 +109,18 @@ def demo_training(output: Path) -> TrainSpec:
     )
 
 
-def run(output: Path, *, count: int = 8, on_event: OnEvent | None = None) -> DemoReport:
+def run(output: Path, *, seeds: int = 2, on_event: OnEvent | None = None) -> DemoReport:
     """Run the demo into a folder; files of an earlier demo there are replaced.
 
     Args:
         output: Folder for the adapter and the pictures.
-        count: Pictures to draw each way.
+        seeds: Pictures to draw of each of ``PROMPTS``, each way.
         on_event: Told of every training step and picture.
 
     Raises:
         OutputError: If the folder cannot be made.
     """
-    from studio.api import generate, save_adapter, train
+    from studio.api import generate_batch, save_adapter, train
     from studio.assets.builder.evaluator import judge
 
     start = time.monotonic()
@@ -118,23 +136,18 @@ def run(output: Path, *, count: int = 8, on_event: OnEvent | None = None) -> Dem
         result.adapter, output / f"{SUBJECT}-diffusers.safetensors", format="diffusers", overwrite=True
     )
 
-    def pictures(folder: str, adapters: tuple[AdapterUse, ...]) -> list[Path]:
-        paths = []
-        for index in range(count):
-            spec = GenerateSpec(
-                prompt=f"{PROMPT} on a {_GROUNDS[index % len(_GROUNDS)]} background",
-                adapters=adapters,
-                seed=index,
-                output=output / folder,
-                overwrite=True,
-            )
-            paths += [drawn.path for drawn in generate(spec, on_event=_quiet(on_event)) if drawn.path]
-            if on_event:
-                on_event(Event(kind="progress", step=index + 1, total=count, message=f"drawing {folder}"))
-        return paths
+    def pictures(folder: str, adapters: dict[str | Path, float]) -> list[Path]:
+        drawn = generate_batch(
+            PROMPTS,
+            seeds=range(seeds),
+            adapters=adapters,
+            output=output / folder,
+            overwrite=True,
+            on_event=_labelled(on_event, f"drawing {folder}"),
+        )
+        return [picture.path for picture in drawn if picture.path]
 
-    without = pictures("without", ())
-    with_adapter = pictures("with", (AdapterUse(path=result.path),))
+    without, with_adapter = pictures("without", {}), pictures("with", {result.path: 1.0})
     comparison = _comparison(output / "comparison.png", [example_pictures(SUBJECT), without, with_adapter])
     return DemoReport(
         adapter=result.path,
@@ -142,17 +155,21 @@ def run(output: Path, *, count: int = 8, on_event: OnEvent | None = None) -> Dem
         comparison=comparison,
         hits_with=_hits(judge, with_adapter),
         hits_without=_hits(judge, without),
-        count=count,
+        count=len(PROMPTS) * seeds,
         training_seconds=trained,
         seconds=time.monotonic() - start,
     )
 
 
-def _quiet(on_event: OnEvent | None) -> OnEvent | None:
-    """Pass pictures on, but not the single picture's own progress."""
+def _labelled(on_event: OnEvent | None, label: str) -> OnEvent | None:
+    """Give progress a label in front of its bar."""
     if on_event is None:
         return None
-    return lambda event: on_event(event) if event.kind == "picture" else None
+
+    def tell(event: Event) -> None:
+        on_event(event.model_copy(update={"message": label}) if event.kind == "progress" else event)
+
+    return tell
 
 
 def _hits(judge: "Callable[[list[Image]], list[Verdict]]", paths: list[Path]) -> int:

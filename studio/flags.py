@@ -70,7 +70,8 @@ def read_spec_arguments(
         # The options of another method than the wanted one mean nothing.
         below = {name: value for name, value in below.items() if name in spec_type.model_fields}
     below |= above
-    method = method or str(below.get("method") or spec_type.model_fields["method"].default)
+    if issubclass(spec_type, MethodSpec):
+        method = method or str(below.get("method") or spec_type.model_fields["method"].default)
     add_fields(parser, spec_type, method)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with any of these options; flags win."
@@ -93,7 +94,7 @@ def read_spec_arguments(
     return spec, arguments
 
 
-def add_fields(parser: argparse.ArgumentParser, spec_type: type[BaseModel], method: str) -> None:
+def add_fields(parser: argparse.ArgumentParser, spec_type: type[BaseModel], method: str | None) -> None:
     """Add one flag per field of the specification and of the method's options."""
     own = parser.add_argument_group("options")
     others = None
@@ -191,7 +192,7 @@ def _help(field: FieldInfo) -> str:
         text += " Required."
     elif isinstance(field.default, bool):
         text += f" [{'on' if field.default else 'off'}]"
-    elif field.default is not None and field.default != "" and field.default != ():
+    elif field.default is not None and field.default not in ("", (), {}):
         text += f" [{field.default}]"
     if allows_none(field) and field.default is not None:
         text += " ('none' for none)"

@@ -19,6 +19,7 @@ _SHOWN = (
     "modelspec.title",
     "modelspec.architecture",
     "modelspec.trigger_phrase",
+    "studio.role",
     "modelspec.author",
     "modelspec.date",
     "ss_base_model_version",

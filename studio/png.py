@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from studio import __version__
 from studio.errors import OutputError, SpecError, UsageError
 from studio.specs import GenerateSpec, parse_spec
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MAX_CHUNK = 256 * 1024
 # Where a picture goes and on what machine it is made is the affair of who makes it again, never of the file.
-NOT_OF_THE_PICTURE = frozenset({"output", "overwrite", "device", "batch_size", "count"})
+NOT_OF_THE_PICTURE = frozenset({"output", "overwrite", "device", "batch_size", "count", "expected_hashes"})
 SAMPLERS = {
     "ddim": "DDIM",
     "dpm++2m": "DPM++ 2M",
@@ -43,7 +45,7 @@ class Facts:
         sampler: Class of the solver that ran.
         model: Name of the base model.
         model_hash: Fingerprint of the base model, hexadecimal.
-        adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal.
+        adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order.
         version: Of this program.
     """
 
@@ -113,6 +115,8 @@ def write_png(image: "Image", path: Path, spec: GenerateSpec, facts: Facts) -> s
 def read_spec(path: str | Path) -> GenerateSpec:
     """Return what makes the picture again: its seed, one picture, the reader's own output folder and device.
 
+    The hashes of the base and the adapters that drew it are the expected ones.
+
     Raises:
         UsageError: If it is no PNG, or says nothing, or what it says is too long or malformed.
     """
@@ -127,9 +131,21 @@ def read_spec(path: str | Path) -> GenerateSpec:
     try:
         if foreign:
             raise SpecError([f"{name}: does not belong into a picture." for name in foreign])
-        return parse_spec(GenerateSpec, spec)
+        read = parse_spec(GenerateSpec, spec)
+        return read.model_copy(update={"expected_hashes": _hashes(document.get("facts"), read)})
     except SpecError as error:
         raise SpecError([f"the settings in '{path}' are not valid:", *error.problems]) from None
+
+
+def _hashes(facts: Any, spec: GenerateSpec) -> dict[str, str]:
+    """Return the hashes that a picture's facts name, by base and path of adapter as in its specification."""
+    try:
+        known = TypeAdapter(Facts).validate_python(facts)
+        paths = [str(use.path) for use in spec.adapters]
+        adapters = dict(zip(paths, known.adapter_hashes.values(), strict=True))
+    except ValueError:
+        raise SpecError(["facts: are not those of a picture with these settings."]) from None
+    return {name: digest for name, digest in {spec.base: known.model_hash, **adapters}.items() if digest}
 
 
 def _document(path: Path) -> dict[str, Any]:

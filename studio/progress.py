@@ -41,7 +41,7 @@ class Progress:
     def _advance(self, event: Event) -> None:
         label = event.message or self._label
         bar = self._bar
-        if bar is None or bar.total != event.total or bar.desc != f"{label}: " or event.step < bar.n:
+        if bar is None or bar.total != event.total or bar.desc != label or event.step < bar.n:
             self._close()
             bar = self._bar = tqdm(total=event.total, desc=label, dynamic_ncols=True, unit="step")
         bar.update(event.step - bar.n)

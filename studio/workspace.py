@@ -23,6 +23,11 @@ class Workspace:
         return self.root / "uploads"
 
     @property
+    def cache(self) -> Path:
+        """Files as the page received or showed them."""
+        return self.uploads / "cache"
+
+    @property
     def adapters(self) -> Path:
         """Trained adapters."""
         return self.root / "adapters"
@@ -31,6 +36,11 @@ class Workspace:
     def pictures(self) -> Path:
         """Generated pictures, one folder per job."""
         return self.root / "pictures"
+
+    @property
+    def encoded(self) -> Path:
+        """Training pictures and captions as models read them; may be deleted at any time."""
+        return self.root / "encoded"
 
     @property
     def runs(self) -> Path:

@@ -1,6 +1,6 @@
 """What a training method is to the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -9,8 +9,9 @@ from studio.specs.base import Options
 from studio.specs.train import TrainSpec
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
-    from torch import nn
+    from torch import Tensor, nn
 
     from studio.adapters.adapter import Adapter
 
@@ -23,21 +24,68 @@ class ParameterGroup:
         name: The component they act on: ``unet``, ``text_encoder``, ``text_encoder_2``.
         parameters: Leaves in fp32 that require gradients.
         learning_rate: Peak of the schedule.
+        decays: Whether weight decay acts on them.
     """
 
     name: str
     parameters: "Sequence[nn.Parameter]"
     learning_rate: float
+    decays: bool = True
 
 
 class Trainer(Protocol):
     """One way to fit an adapter, registered in ``studio.trainers.methods``; torch-free at import.
 
-    The loop lends it the base with every parameter frozen. Between ``prepare`` and ``release`` it may change
-    the base's modules, never its weights in a way that ``release`` does not undo bit for bit.
+    Methods derive from it: what has a body here is what they do unless they say otherwise. The loop lends
+    them the base with every parameter frozen. Between ``prepare`` and ``release`` they may change the base's
+    modules, never its weights in a way that ``release`` does not undo bit for bit.
+
+    Attributes:
+        Options: What a user may ask of the method beside what all methods know.
+        format: File format written where none is asked for.
     """
 
     Options: ClassVar[type[Options]]
+    format: ClassVar[str] = "kohya"
+
+    @property
+    def aside(self) -> int:
+        """Bytes of the base's own weights that are kept while trained ones stand in their places."""
+        return 0
+
+    @classmethod
+    def learning_rate(cls, spec: TrainSpec) -> float:
+        """Return the learning rate of the UNet where none is asked for."""
+        return 1e-3
+
+    @classmethod
+    def remarks(cls, spec: TrainSpec, *, family: str, pictures: int) -> Sequence[str]:
+        """Return what may be unintended about a run, one sentence each.
+
+        Args:
+            spec: The run.
+            family: Of the base: "sd1", "sd2", "sd2-v" or "sdxl".
+            pictures: How many there are.
+        """
+        return ()
+
+    @classmethod
+    def parts(cls, spec: TrainSpec) -> tuple[str, ...]:
+        """Return words for parts of the adapter that get a file of their own; its name ends with the word."""
+        return ()
+
+    @classmethod
+    def check_captions(cls, pipe: "DiffusionPipeline", spec: TrainSpec, captions: Sequence[str]) -> None:
+        """Check before any work that captions can be read whole.
+
+        Raises:
+            UsageError: If one is too long for the text encoders.
+            TrainingError: If the method cannot learn from them.
+        """
+        from studio.models.prompts import check_prompt
+
+        for caption in dict.fromkeys(captions):
+            check_prompt(pipe, caption)
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
         """Attach to the base and return what is to be trained.
@@ -47,13 +95,57 @@ class Trainer(Protocol):
         """
         ...
 
+    def warm_start(self, loss: "Callable[[int], Tensor]") -> None:
+        """Set what training starts from by what the data say; called once, before the first step of all.
+
+        Args:
+            loss: Returns the loss of the n-th batch, with its graph where gradients are on. Nothing is
+                dropped out yet.
+        """
+
+    def state(self) -> "Mapping[str, Tensor]":
+        """Return what going on later needs beside the parameters, the optimizer and what ``prepare`` does."""
+        return {}
+
+    def load_state(self, state: "Mapping[str, Tensor]") -> None:
+        """Take back what ``state`` returned; called in place of ``warm_start``.
+
+        Afterwards the parameters have the lengths that they had then; their values are set next.
+        """
+
+    def values_set(self) -> None:
+        """Take note that others than the optimizer have given the parameters other values."""
+
+    def optimizer(
+        self, groups: Sequence[ParameterGroup], *, name: str = "adamw", weight_decay: float
+    ) -> "torch.optim.Optimizer":
+        """Return what updates the parameters.
+
+        Raises:
+            TrainingError: If the method cannot work with the optimizer of this name, or it is not installed.
+        """
+        from studio.trainers.optimizers import make_optimizer
+
+        return make_optimizer(name, groups, weight_decay=weight_decay)
+
+    def before_clipping(self, step: int) -> None:
+        """Do what the method does with the gradients of optimizer step ``step``, counted from 1.
+
+        All of them are there, unscaled, of a loss that was finite, and not clipped yet. The method may also
+        give its parameters and their gradients another length here.
+        """
+
     def after_step(self, step: int) -> None:
         """Do what the method does after optimizer step ``step``, counted from 1."""
-        ...
 
     def export(self) -> "Adapter":
         """Return the adapter as it is now, on the CPU and independent of what is trained further."""
         ...
+
+    @classmethod
+    def part(cls, adapter: "Adapter", word: str) -> "Adapter":
+        """Return the part of an exported adapter that a word of ``parts`` stands for."""
+        return adapter
 
     def suspended(self) -> AbstractContextManager[None]:
         """Return a context in which the base is as it was lent: for sample pictures."""

@@ -16,6 +16,20 @@ def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+def refuse_adapters(pipe: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose networks hold layers of peft.
+
+    Raises:
+        TrainingError: If there are any.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(layer, BaseTunerLayer) for part in networks(pipe).values() for layer in part.modules()):
+        raise TrainingError(
+            "the pipeline has peft adapters loaded. Call pipe.unload_lora_weights() before training."
+        )
+
+
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Lend the pipeline frozen, on a device and in a number type; the autoencoder always in fp32.
@@ -66,19 +80,32 @@ def _remember(part: nn.Module) -> list[tuple[Any, ...]]:
     kept: list[tuple[Any, ...]] = []
     for module in part.modules():
         parameters = [(p, p.data, p.requires_grad, p.grad) for p in module.parameters(recurse=False)]
-        # The attributes hold modes and flags, and would show marks that libraries leave behind.
-        kept.append((module, parameters, dict(module._buffers), dict(vars(module))))
+        # The attributes hold modes and flags, and would show marks that libraries leave behind. Hooks go
+        # with them: transformers adds its own at the first call and marks the module, and without the mark
+        # would add them again, which moves SDXL's penultimate hidden state to another layer.
+        attributes = dict(vars(module))
+        tables = [
+            module._buffers,
+            *(value for name, value in attributes.items() if _holds_hooks(name, value)),
+        ]
+        kept.append((module, parameters, [(table, dict(table)) for table in tables], attributes))
     return kept
 
 
+def _holds_hooks(name: str, value: object) -> bool:
+    return "_hooks" in name and isinstance(value, dict)
+
+
 def _give_back(kept: list[tuple[Any, ...]]) -> None:
-    for module, parameters, buffers, attributes in kept:
+    for module, parameters, tables, attributes in kept:
         for parameter, data, requires_grad, grad in parameters:
             parameter.grad = None
             parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        module._buffers.update(buffers)
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         vars(module).clear()
         vars(module).update(attributes)
 

@@ -1,16 +1,19 @@
 """The loss on fixed noise: a number that can be compared before and after training."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import DiffusionPipeline
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import components_of
-from studio.data.batches import Samples, derived_seed
-from studio.data.folder import PictureSet
-from studio.specs.train import TrainSpec
+from studio.data.batches import Sample, Samples, derived_seed
+from studio.data.buckets import Buckets, Size
+from studio.data.cache import MemoryCache
+from studio.data.picture import PictureSet
 from studio.trainers.borrow import borrowed
-from studio.trainers.step import Batch, Latents, TrainStep
+from studio.trainers.step import Latents, Prompts, TrainStep
 
 
 def evaluate_loss(
@@ -21,12 +24,14 @@ def evaluate_loss(
     seed: int = 0,
     num: int = 32,
     resolution: int | None = None,
+    buckets: Buckets | None = None,
     batch_size: int = 4,
 ) -> float:
     """Return the mean squared error over ``num`` fixed draws of picture, noise and timestep.
 
     The pictures take turns and the timesteps lie evenly over the schedule, so the same call with and without
-    an adapter differs by the adapter alone. The base is given back bit for bit.
+    an adapter differs by the adapter alone. Nothing else of the pictures' treatment is left to chance. The
+    base is given back bit for bit.
 
     Args:
         pipe: The base.
@@ -35,35 +40,57 @@ def evaluate_loss(
         seed: Of the noise.
         num: Number of draws.
         resolution: Side of the pictures in pixels; the base's own by default.
+        buckets: Sizes of the pictures, in place of the square of that side.
         batch_size: Draws per forward pass; changes the speed only.
+
+    Raises:
+        DataError: If a picture fits no bucket.
     """
     device = next(pipe.unet.parameters()).device
     side = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     dtype = torch.float32 if device.type == "cpu" else pipe.unet.dtype
-    spec = TrainSpec.model_validate({"data": pictures.folder, "output": "unused.safetensors", "seed": seed})
-    with torch.no_grad(), borrowed(pipe, device=device, dtype=dtype):
-        step = TrainStep(pipe, min_snr_gamma=None, train_text_encoders=False)
-        total_timesteps = step.schedule.num_timesteps
-        latents = Latents(
-            pipe, Samples(pictures, spec, resolution=side, num_timesteps=total_timesteps), device=device
+    with borrowed(pipe, device=device, dtype=dtype):
+        step = TrainStep(pipe, prompts=Prompts(pipe, cache=MemoryCache()))
+        samples = Samples(
+            pictures.fixed(),
+            seed=seed,
+            buckets=buckets or Buckets.square(side),
+            num_timesteps=step.schedule.num_timesteps,
         )
+        latents = Latents(pipe, samples, device=device, cache=MemoryCache())
         changes = (
             {name: [(change, 1.0)] for name, change in adapter.changes.items()} if adapter is not None else {}
         )
         with WeightBank(components_of(pipe), list(changes)) as bank:
             bank.apply(changes)
-            total = 0.0
-            for first in range(0, num, batch_size):
-                size = min(batch_size, num - first)
-                total += (
-                    float(step(_even(latents.batch(first, size), first, num, total_timesteps, seed))) * size
-                )
-    return total / num
+            return mean_loss(step, latents, num=num, batch_size=batch_size, seed=seed)
 
 
-def _even(batch: Batch, first: int, num: int, total: int, seed: int) -> Batch:
-    """Return the batch with timesteps spread evenly, in an order that does not follow the pictures'."""
+@torch.no_grad()
+def mean_loss(step: TrainStep, latents: Latents, *, num: int, batch_size: int, seed: int) -> float:
+    """Return the mean loss over ``num`` draws whose timesteps lie evenly over the schedule.
+
+    It may be asked for within a training run: nothing is changed, and no random number is drawn that the run
+    would draw.
+
+    Args:
+        step: Gives the loss of a batch.
+        latents: Of samples that are fixed.
+        num: Number of draws.
+        batch_size: Draws per forward pass; changes the speed only.
+        seed: Of the order of the timesteps, which does not follow the pictures'.
+    """
+    total = step.schedule.num_timesteps
     order = torch.randperm(num, generator=torch.Generator().manual_seed(derived_seed(seed, "evaluation")))
-    places = order[first : first + len(batch.captions)]
-    timesteps = ((places + 0.5) / num * total).long().to(batch.timesteps.device)
-    return Batch(batch.latents, batch.noise, timesteps, batch.captions, batch.size_conditions)
+    timesteps = ((order + 0.5) / num * total).long().tolist()
+    draws = [replace(latents.samples[index], timestep=timesteps[index]) for index in range(num)]
+    # Only pictures of one size go through the UNet together.
+    by_size: dict[Size, list[Sample]] = {}
+    for draw in draws:
+        by_size.setdefault(draw.size, []).append(draw)
+    losses = 0.0
+    for alike in by_size.values():
+        for first in range(0, len(alike), batch_size):
+            part = alike[first : first + batch_size]
+            losses += float(step(latents.collate(part))) * len(part)
+    return losses / num

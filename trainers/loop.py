@@ -1,23 +1,36 @@
 """The training loop that all methods share."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from studio.adapters.adapter import Adapter
-from studio.data.batches import Samples
-from studio.data.folder import PictureSet, read_folder
+from studio.adapters.formats.embedding import Embedding
+from studio.adapters.parameters import canonical_names, components_of
+from studio.data.captions import full_caption, with_trigger
+from studio.data.dataset import read_dataset
+from studio.data.picture import PictureSet, Treatment
 from studio.data.report import report
-from studio.errors import OutputError, TrainingError
-from studio.models.prompts import check_prompt
-from studio.registry import TRAINERS
+from studio.errors import TrainingError
+from studio.models.architecture import architecture
+from studio.registry import FORMATS, TRAINERS
 from studio.specs.events import Event, OnEvent
 from studio.specs.train import TrainSpec
 from studio.trainers.base import Trainer
-from studio.trainers.borrow import borrowed
+from studio.trainers.borrow import borrowed, converted
+from studio.trainers.checkpoint import Checkpoints, State
+from studio.trainers.class_pictures import draw_class_pictures
+from studio.trainers.identity import Identity, check_same, identity
+from studio.trainers.inputs import make_batches, make_buckets, make_validation
+from studio.trainers.job import Job, SampleFunction
 from studio.trainers.metadata import base_facts, run_facts
-from studio.trainers.run import Job, Run, SampleFunction, step_path
+from studio.trainers.outputs import layers_of, size_note
+from studio.trainers.run import Run
+from studio.trainers.run_folder import RunFolder
 from studio.trainers.runtime import (
     choose_device,
     choose_precision,
@@ -25,7 +38,7 @@ from studio.trainers.runtime import (
     own_random_state,
     weight_dtype,
 )
-from studio.trainers.step import Latents, NoiseSchedule
+from studio.trainers.validation import check_validation
 
 
 def train(
@@ -40,54 +53,85 @@ def train(
 
     Args:
         pipe: The base, in any number type and on any device.
-        spec: What to do. ``spec.output`` itself is not written; pictures and adapters on the way lie beside
-            it.
+        spec: What to do. ``spec.output`` itself is not written; all else lies in the run's folder beside it.
         on_event: Told ``report``, then ``progress`` (values ``loss``, ``loss_smoothed``, ``learning_rate``,
             ``steps_per_second`` and, if trained, ``text_encoder_learning_rate``), ``sample``, ``saved`` and
             ``message``.
-        stop: Asked before each step; when true the adapter is returned as it is, its metadata with the steps
-            done.
-        sample: Draws the sample pictures.
+        stop: Asked before each step; when true a checkpoint is written and the adapter returned as it is, its
+            metadata with the steps done.
+        sample: Draws the sample pictures and the class pictures.
 
     Raises:
         DataError: If the pictures cannot be used.
-        OutputError: If a file that would be written on the way exists.
-        TrainingError: If training cannot start, or diverges: the last good adapter is saved and named.
+        OutputError: If the run's folder cannot be written, or holds an earlier run.
+        TrainingError: If training cannot start or go on, or diverges: the last good adapter is saved and
+            named.
     """
-    pictures = read_folder(spec)
-    resolution = check_request(pipe, spec, pictures, can_sample=sample is not None)
+    data = read_dataset(spec)
+    pictures, class_pictures = data.pictures, data.class_pictures
+    captions = [full_caption(picture) for picture in data.all_pictures]
+    resolution = check_request(pipe, spec, [*captions, *spec.class_prompts], can_sample=sample is not None)
+    check_validation(spec, data.validation)
+    buckets = make_buckets(pipe, spec, resolution)
     device = choose_device(spec, pipe)
     precision = choose_precision(spec, pipe, device)
-    text = report(pictures, spec, resolution=resolution)
-    on_event(
-        Event(
-            kind="report",
-            message=f"{text}\nMethod: {spec.method} in {precision} on {device}",
-            total=spec.steps,
-        )
+    method: type[Trainer] = TRAINERS[spec.method]
+    remarks = method.remarks(spec, family=architecture(pipe), pictures=len(pictures.pictures))
+    lines = [
+        report(data, spec, buckets=buckets),
+        *(f"Warning: {remark}" for remark in remarks),
+        f"Method: {spec.method} in {precision} on {device}, learning rate {spec.unet_learning_rate:g}",
+    ]
+    facts = base_facts(pipe)
+    own = identity(
+        spec,
+        base=facts["studio.base"],
+        precision=precision,
+        data={"data": pictures, "class_data": class_pictures, "validation": data.validation},
     )
+    saved = _saved_state(spec, own, on_event) if spec.resume else None
+    on_event = _recorded(RunFolder(spec.output), on_event)
+    on_event(Event(kind="report", message="\n".join(lines), total=spec.steps))
     job = Job(
         pipe=pipe,
         spec=spec,
-        facts=base_facts(pipe)
-        | run_facts(spec, pictures=len(pictures.pictures), resolution=resolution, precision=precision),
-        num_pictures=len(pictures.pictures),
-        first_caption=pictures.pictures[0].caption,
+        facts=facts
+        | run_facts(spec, pictures=pictures.epoch_size, resolution=resolution, precision=precision),
+        identity=own,
+        num_pictures=pictures.epoch_size,
+        sample_prompt=with_trigger(spec.prompt or pictures.pictures[0].caption, Treatment.of(spec)),
         on_event=on_event,
         sample=sample,
     )
-    trainer: Trainer = TRAINERS[spec.method]()
+    trainer = method()
     with own_random_state(device), borrowed(pipe, device=device, dtype=weight_dtype(pipe, device, precision)):
         try:
+            if spec.has_class_pictures and class_pictures is None:
+                assert sample is not None
+                class_pictures = _drawn_class_pictures(job, sample, resolution, stop)
             groups = trainer.prepare(pipe, spec)
-            samples = Samples(
-                pictures, spec, resolution=resolution, num_timesteps=NoiseSchedule(pipe).num_timesteps
+            exported = layers_of(trainer.export())
+            _check_format(exported, pipe, spec)
+            if note := size_note(exported):
+                job.tell(note)
+            del exported
+            batches = make_batches(
+                pipe, spec, pictures, class_pictures, buckets=buckets, device=device, tell=job.tell
             )
-            latents = Latents(pipe, samples, device=device)
+            job.folder.begin(spec)
             accelerator = make_accelerator(
-                device, precision, gradient_accumulation=spec.gradient_accumulation
+                device,
+                precision,
+                gradient_accumulation=spec.gradient_accumulation,
+                tracker=spec.tracker,
+                folder=job.folder.tracker,
             )
-            return Run(job, trainer, groups, latents, accelerator).go(stop)
+            held_out = (
+                make_validation(pipe, spec, data.validation, buckets=buckets, device=device)
+                if data.validation
+                else None
+            )
+            return Run(job, trainer, groups, batches, accelerator, saved, held_out).go(stop)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"the GPU's memory is not enough: {str(error).splitlines()[0]} "
@@ -97,12 +141,77 @@ def train(
             trainer.release()
 
 
-def check_request(pipe: DiffusionPipeline, spec: TrainSpec, pictures: PictureSet, *, can_sample: bool) -> int:
+def _saved_state(spec: TrainSpec, own: Identity, on_event: OnEvent) -> State:
+    """Return the state to go on from, of a run that is the same as this one."""
+
+    def tell(message: str) -> None:
+        on_event(Event(kind="message", message=message, total=spec.steps))
+
+    checkpoints = Checkpoints(RunFolder(spec.output).checkpoints, keep=spec.keep_checkpoints)
+    step, state = checkpoints.newest(tell)
+    check_same(state["identity"], own, step=step)
+    if state["identity"]["steps"] != spec.steps and spec.schedule != "constant":
+        tell(
+            f"Warning: the run was to have {state['identity']['steps']} steps, now {spec.steps}; its "
+            "learning rate follows the new number from here on."
+        )
+    return state
+
+
+def _recorded(folder: RunFolder, on_event: OnEvent) -> OnEvent:
+    """Return what logs events in a run's folder and tells of them."""
+
+    def tell(event: Event) -> None:
+        folder.record(event)
+        on_event(event)
+
+    return tell
+
+
+def _check_format(adapter: Adapter, pipe: DiffusionPipeline, spec: TrainSpec) -> None:
+    """Try the file format on one change before the work rather than on all after it."""
+    first = dict(itertools.islice(adapter.changes.items(), 1))
+    names = canonical_names(components_of(pipe))
+    form = FORMATS[spec.file_format]
+    try:
+        if not first and not isinstance(form, Embedding):
+            raise ValueError("it is a token, which only a file of its own holds")
+        form.write(replace(adapter, changes=first), family=None, names=names)
+    except ValueError as error:
+        raise TrainingError(
+            f"'{spec.method}' adapters cannot be written in the format '{spec.file_format}': {error}. "
+            f"Choose another format; the method's own is '{TRAINERS[spec.method].format}'."
+        ) from None
+
+
+def _drawn_class_pictures(
+    job: Job, sample: SampleFunction, resolution: int, stop: Callable[[], bool]
+) -> PictureSet:
+    pipe = job.pipe
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        # Pipelines expect the autoencoder in the UNet's number type.
+        with converted(pipe.vae, pipe.unet.dtype):
+            return sample(pipe, None, prompts, seeds)
+
+    return draw_class_pictures(
+        job.spec,
+        draw,
+        base=job.facts["studio.base"],
+        resolution=resolution,
+        on_event=job.on_event,
+        stop=stop,
+    )
+
+
+def check_request(
+    pipe: DiffusionPipeline, spec: TrainSpec, captions: Sequence[str], *, can_sample: bool
+) -> int:
     """Check what can be checked before any work and return the side of the training pictures in pixels.
 
     Raises:
         TrainingError: If base and specification do not fit together.
-        OutputError: If a file that would be written on the way exists.
+        OutputError: If the run's folder holds an earlier run.
         UsageError: If a caption is too long for the text encoders.
     """
     channels, wanted = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
@@ -115,18 +224,15 @@ def check_request(pipe: DiffusionPipeline, spec: TrainSpec, pictures: PictureSet
     resolution: int = spec.resolution or pipe.unet.config.sample_size * factor
     if resolution % factor:
         raise TrainingError(f"resolution must be a multiple of {factor} for this base, got {resolution}.")
-    for caption in dict.fromkeys(picture.caption for picture in pictures.pictures):
-        check_prompt(pipe, caption)
+    TRAINERS[spec.method].check_captions(pipe, spec, captions)
     if spec.sample_every and not can_sample:
         raise TrainingError(
             "sample_every is set but there is nothing to draw samples with. Pass sample=, or set it to 0."
         )
-    planned = (
-        [step_path(spec.output, step) for step in range(spec.save_every, spec.steps, spec.save_every)]
-        if spec.save_every
-        else []
-    )
-    taken = [path for path in planned if path.exists()]
-    if taken and not spec.overwrite:
-        raise OutputError(f"{taken[0]} exists. Choose another output, or set overwrite (--overwrite).")
+    if spec.class_prompts and spec.class_data is None and not can_sample:
+        raise TrainingError(
+            "class_prompts are given but there is nothing to draw class pictures with. Pass sample=, or give "
+            "a folder of class pictures (class_data)."
+        )
+    RunFolder(spec.output).check(spec)
     return resolution

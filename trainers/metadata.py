@@ -8,13 +8,27 @@ import math
 
 from diffusers import DiffusionPipeline
 
+from studio.adapters.families import KOHYA_VERSIONS
+from studio.adapters.origin import origin_facts
 from studio.models.architecture import architecture
-from studio.models.fingerprint import fingerprint
 from studio.specs.train import TrainSpec
 
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
-"""kohya's ss_base_model_version by architecture."""
-PRIVATE = {"data", "output", "prompt", "sample_prompts", "author", "overwrite", "device", "base"}
+PRIVATE = {
+    "data",
+    "output",
+    "prompt",
+    "sample_prompts",
+    "validation_data",
+    "cache_folder",
+    "class_data",
+    "class_prompts",
+    "author",
+    "overwrite",
+    "resume",
+    "tracker",
+    "device",
+    "base",
+}
 
 
 def base_facts(pipe: DiffusionPipeline) -> dict[str, str]:
@@ -22,10 +36,10 @@ def base_facts(pipe: DiffusionPipeline) -> dict[str, str]:
     family = architecture(pipe)
     velocity = pipe.scheduler.config.get("prediction_type") == "v_prediction"
     return {
-        "ss_base_model_version": VERSIONS[family],
+        "ss_base_model_version": KOHYA_VERSIONS[family],
         "ss_v2": str(family.startswith("sd2")),
         "modelspec.prediction_type": "v" if velocity else "epsilon",
-        "studio.base": fingerprint(pipe),
+        **origin_facts(pipe),
     }
 
 
@@ -33,20 +47,19 @@ def run_facts(spec: TrainSpec, *, pictures: int, resolution: int, precision: str
     """Return what the file says about the run as it was asked for.
 
     Args:
-        pictures: How many there are.
+        pictures: How many samples an epoch has.
         resolution: Side of the training pictures in pixels.
         precision: Number type of the forward pass.
     """
-    text_rate = spec.text_encoder_learning_rate or spec.learning_rate / 2
     trains_text = bool(getattr(spec.options, "train_text_encoder", False))
     facts = {
         "ss_output_name": spec.output.stem,
         "ss_seed": str(spec.seed),
         "ss_max_train_steps": str(spec.steps),
-        "ss_learning_rate": f"{spec.learning_rate:g}",
-        "ss_unet_lr": f"{spec.learning_rate:g}",
-        "ss_text_encoder_lr": f"{text_rate:g}" if trains_text else "None",
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_learning_rate": f"{spec.unet_learning_rate:g}",
+        "ss_unet_lr": f"{spec.unet_learning_rate:g}",
+        "ss_text_encoder_lr": f"{spec.encoder_learning_rate:g}" if trains_text else "None",
+        "ss_optimizer": spec.optimizer,
         "ss_lr_scheduler": spec.schedule,
         "ss_lr_warmup_steps": str(spec.warmup_steps),
         "ss_max_grad_norm": f"{spec.max_grad_norm:g}",
@@ -61,7 +74,8 @@ def run_facts(spec: TrainSpec, *, pictures: int, resolution: int, precision: str
         "modelspec.resolution": f"{resolution}x{resolution}",
         "studio.spec": json.dumps(spec.model_dump(mode="json", exclude=PRIVATE), sort_keys=True),
     }
-    return facts | ({"modelspec.author": spec.author} if spec.author else {})
+    said = {"modelspec.author": spec.author, "modelspec.trigger_phrase": spec.trigger}
+    return facts | {key: value for key, value in said.items() if value}
 
 
 def progress_facts(spec: TrainSpec, *, steps: int, pictures: int) -> dict[str, str]:

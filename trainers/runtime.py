@@ -3,19 +3,25 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 
 from studio.errors import TrainingError
 from studio.models.device import resolve_device
+from studio.registry import nearest
 from studio.specs.train import TrainSpec
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RESTARTS = 3
+POWER = 2.0
 
 
 def choose_device(spec: TrainSpec, pipe: DiffusionPipeline) -> torch.device:
@@ -56,12 +62,25 @@ def weight_dtype(pipe: DiffusionPipeline, device: torch.device, precision: Preci
 
 
 def make_accelerator(
-    device: torch.device, precision: Precision, *, gradient_accumulation: int
+    device: torch.device,
+    precision: Precision,
+    *,
+    gradient_accumulation: int,
+    tracker: str | None = None,
+    folder: Path | None = None,
 ) -> Accelerator:
     """Return an accelerator for one run.
 
+    Args:
+        device: Where it computes.
+        precision: Number type of the forward pass.
+        gradient_accumulation: Forward passes per optimizer step.
+        tracker: accelerate's name of a tracker, or None.
+        folder: Where the tracker writes its files.
+
     Raises:
-        TrainingError: If the process is one of several that accelerate started.
+        TrainingError: If the process is one of several that accelerate started, or the tracker is unknown or
+            not installed.
     """
     if PartialState(cpu=device.type == "cpu").num_processes > 1:
         raise TrainingError(
@@ -70,13 +89,25 @@ def make_accelerator(
     # accelerate keeps the settings of the first run for the life of the process; a worker runs many.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Accelerator(
+    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    if tracker is not None and tracker not in known:
+        raise TrainingError(
+            f"tracker '{tracker}' is unknown.{nearest(tracker, known)} Known: {', '.join(known)}."
+        )
+    if tracker is not None and LoggerType(tracker) not in get_available_trackers():
+        raise TrainingError(f"tracker '{tracker}' is not installed. Run pip install {tracker}.")
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=gradient_accumulation,
         # Modules and batches are placed by us: the base may be asked onto another GPU than the first.
         device_placement=False,
+        log_with=tracker,
+        project_dir=folder,
     )
+    if tracker is not None:
+        accelerator.init_trackers("run")
+    return accelerator
 
 
 @contextlib.contextmanager
@@ -94,12 +125,16 @@ def own_random_state(device: torch.device) -> Iterator[None]:
 def rate_factor(spec: TrainSpec, step: int) -> float:
     """Return what the learning rate of optimizer step ``step``, counted from 0, is multiplied by: 0 to 1.
 
-    A straight rise over ``warmup_steps``, then ``constant``, half a ``cosine`` or a ``linear`` fall that
-    ends at 0 after the last step.
+    A straight rise over ``warmup_steps``, then ``constant``, half a ``cosine``, several halves one after the
+    other (``restarts``, arXiv:1608.03983), a ``linear`` fall or one along a power (``polynomial``). All but
+    the first end at 0 after the last step.
     """
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     done = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    if spec.schedule == "cosine":
+    if spec.schedule == "restarts" and done < 1:
+        done = done * (spec.schedule_restarts or RESTARTS) % 1.0
+    if spec.schedule in ("cosine", "restarts"):
         return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if spec.schedule == "linear" else 1.0
+    powers = {"constant": 0.0, "linear": 1.0, "polynomial": spec.schedule_power or POWER}
+    return float((1 - done) ** powers[spec.schedule])

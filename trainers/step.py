@@ -1,16 +1,19 @@
 """One forward pass of training: from latents, noise and captions to the loss."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn import functional
 
 from studio.data.batches import Sample, Samples
+from studio.data.buckets import Box
+from studio.data.cache import Cache, Tensors, file_fingerprint
 from studio.errors import TrainingError
+from studio.trainers.losses import Loss
 
 SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -22,6 +25,8 @@ SCHEDULE_KEYS = (
     "rescale_betas_zero_snr",
 )
 """Entries of a scheduler's configuration that say how the model was trained."""
+PLAIN_LOSS = Loss()
+"""The mean squared error, all timesteps alike."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Batch:
         timesteps: ``[B]`` int64.
         captions: One for each.
         size_conditions: SDXL's, ``[B, 6]``; other models do not read them.
+        weights: Weight of each sample's loss in the sum that the loss is, ``[B]`` fp32.
+        masks: Weight of each latent in its sample's loss, 0 to 1, ``[B, 1, h, w]`` fp32; None for all alike.
+        beside: Samples of another size, whose loss is added.
     """
 
     latents: Tensor
@@ -41,6 +49,33 @@ class Batch:
     timesteps: Tensor
     captions: tuple[str, ...]
     size_conditions: Tensor
+    weights: Tensor
+    masks: Tensor | None = None
+    beside: "Batch | None" = None
+
+    def with_prior(self, prior: "Batch", weight: float) -> "Batch":
+        """Return this batch with one of class pictures: the sum of their losses, the prior's weighted.
+
+        DreamBooth, arXiv:2208.12242, Eq. 2.
+        """
+        prior = replace(prior, weights=weight * prior.weights)
+        if prior.latents.shape[1:] != self.latents.shape[1:]:
+            return replace(self, beside=prior)
+        masks = None
+        if self.masks is not None or prior.masks is not None:
+            masks = torch.cat([self._full_masks(), prior._full_masks()])
+        return Batch(
+            torch.cat([self.latents, prior.latents]),
+            torch.cat([self.noise, prior.noise]),
+            torch.cat([self.timesteps, prior.timesteps]),
+            self.captions + prior.captions,
+            torch.cat([self.size_conditions, prior.size_conditions]),
+            torch.cat([self.weights, prior.weights]),
+            masks,
+        )
+
+    def _full_masks(self) -> Tensor:
+        return torch.ones_like(self.latents[:, :1]) if self.masks is None else self.masks
 
 
 class NoiseSchedule:
@@ -75,21 +110,13 @@ class NoiseSchedule:
         velocity: Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
         return velocity
 
-    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return the loss weights ``[B]`` fp32.
+    def loss_weights(self, loss: Loss) -> Tensor | None:
+        """Return what the loss of each timestep is multiplied by, fp32 ``[num_timesteps]``, or None.
 
-        ``min(SNR, gamma) / SNR`` for noise and ``min(SNR, gamma) / (SNR + 1)`` for velocity.
-        Min-SNR, arXiv:2303.09556, Sec. 3.4.
+        Raises:
+            TrainingError: If the base's schedule and the weights do not fit together.
         """
-        kept = self._scheduler.alphas_cumprod.double()
-        snr = kept / (1 - kept)
-        if self.prediction_type == "epsilon":
-            # Written so that a schedule that ends in pure noise (SNR 0) gets weight 1 there.
-            weights = torch.clamp(gamma / snr, max=1.0)
-        else:
-            weights = torch.clamp(snr, max=gamma) / (snr + 1)
-        # fp64 is for the CPU only: some devices have none.
-        return weights.float().to(timesteps.device)[timesteps]
+        return loss.weights(self._scheduler.alphas_cumprod, prediction_type=self.prediction_type)
 
 
 class Prompts:
@@ -97,27 +124,47 @@ class Prompts:
 
     Args:
         pipe: Its text encoders are used as they are at each call.
-        cache: Keep embeddings; for text encoders that are not trained.
+        cache: Keeps embeddings, or None.
+        recurring: The captions worth keeping; None for all.
+        trained: Whether the text encoders are, so that gradients reach them and nothing is kept.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, *, cache: bool) -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        cache: Cache | None = None,
+        recurring: Container[str] | None = None,
+        trained: bool = False,
+    ) -> None:
         self._pipe = pipe
         self._cache = cache
-        self._known: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._trained = trained
+        self._recurring = recurring
         # SDXL draws the empty prompt as zeros; samples without their caption must look the same.
         self._zero_empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
     def __call__(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return embeddings ``[B, tokens, width]`` and, for SDXL, pooled ones ``[B, width]``."""
-        if not self._cache:
+        if self._trained:
             return self._encode(captions, device)
-        for caption in dict.fromkeys(captions):
-            if caption not in self._known:
-                with torch.no_grad():
-                    self._known[caption] = self._encode([caption], device)
-        found = [self._known[caption] for caption in captions]
-        pooled = [item[1] for item in found if item[1] is not None]
-        return torch.cat([item[0] for item in found]), torch.cat(pooled) if pooled else None
+        # One by one, because a batch of others may round otherwise.
+        known = {caption: self._tensors(caption, device) for caption in dict.fromkeys(captions)}
+        found = [known[caption] for caption in captions]
+        embeddings = torch.cat([item["embeddings"] for item in found]).to(device)
+        if "pooled" not in found[0]:
+            return embeddings, None
+        return embeddings, torch.cat([item["pooled"] for item in found]).to(device)
+
+    def _tensors(self, caption: str, device: torch.device) -> Tensors:
+        def make() -> Tensors:
+            with torch.no_grad():
+                embeddings, pooled = self._encode([caption], device)
+            return {"embeddings": embeddings} | ({} if pooled is None else {"pooled": pooled})
+
+        if self._cache is None or (self._recurring is not None and caption not in self._recurring):
+            return make()
+        return self._cache.get({"caption": caption}, make)
 
     def _encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
         encoded: tuple[Any, ...] = self._pipe.encode_prompt(
@@ -136,13 +183,24 @@ class Latents:
     """Latents and noise of samples; pictures with a fixed crop pass the autoencoder once.
 
     The distribution's mean and deviation are kept rather than a draw, so the cache changes no result.
+
+    Args:
+        pipe: Its autoencoder is used.
+        samples: The course of samples.
+        device: Where batches are put.
+        cache: Keeps what recurs; None to encode every time.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, samples: Samples, *, device: torch.device) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, samples: Samples, *, device: torch.device, cache: Cache | None
+    ) -> None:
+        self.samples = samples
         self._vae = pipe.vae
-        self._samples = samples
         self._device = device
-        self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._cache = cache
+        self._known_masks: dict[tuple[int, Box, bool], Tensor | None] = {}
+        # Files are read again and again but hashed once.
+        self._fingerprint = lru_cache(maxsize=None)(file_fingerprint)
         config = pipe.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         shape = (-1, 1, 1)
@@ -156,31 +214,83 @@ class Latents:
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Return latents and noise of one sample, ``[C, h, w]`` fp32 on the CPU."""
         mean, std = self._moments(sample)
-        posterior, noise = self._samples.noise(sample, mean.shape)
+        posterior, noise = self.samples.noise(sample, mean.shape)
         return (mean + std * posterior - self._mean) * self._scale, noise
 
     def batch(self, first: int, size: int) -> Batch:
         """Return the batch of ``size`` samples from a global index on, on the device."""
-        samples = [self._samples[index] for index in range(first, first + size)]
+        return self.collate([self.samples[index] for index in range(first, first + size)])
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Return samples of one size as a batch on the device."""
         latents, noise = zip(*(self(sample) for sample in samples), strict=True)
         return Batch(
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.tensor([sample.timestep for sample in samples], device=self._device),
             tuple(sample.caption for sample in samples),
-            torch.tensor([self._samples.size_conditions(sample) for sample in samples], device=self._device),
+            torch.tensor([self.samples.size_conditions(sample) for sample in samples], device=self._device),
+            torch.full((len(samples),), 1 / len(samples), device=self._device),
+            self._masks(samples, latents[0].shape[-2:]),
         )
 
+    def _masks(self, samples: Sequence[Sample], shape: Sequence[int]) -> Tensor | None:
+        masks = [self._mask(sample, shape) for sample in samples]
+        if all(mask is None for mask in masks):
+            return None
+        full = torch.ones(1, *shape)
+        return torch.stack([full if mask is None else mask for mask in masks]).to(self._device)
+
+    def _mask(self, sample: Sample, shape: Sequence[int]) -> Tensor | None:
+        # A few kilobytes for each picture, so kept whatever the cache is.
+        key = (sample.picture, sample.box, sample.flip)
+        if key in self._known_masks:
+            return self._known_masks[key]
+        mask = self.samples.mask(sample, shape)
+        if sample.recurs:
+            self._known_masks[key] = mask
+        return mask
+
     def _moments(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        if sample.variant is not None and sample.variant in self._known:
-            return self._known[sample.variant]
-        pixels = self._samples.pixels(sample)[None].to(self._device, self._vae.dtype)
-        with torch.no_grad():
-            distribution = self._vae.encode(pixels).latent_dist
-        moments = distribution.mean[0].float().cpu(), distribution.std[0].float().cpu()
-        if sample.variant is not None:
-            self._known[sample.variant] = moments
-        return moments
+        def make() -> Tensors:
+            pixels = self.samples.pixels(sample)[None].to(self._device, self._vae.dtype)
+            with torch.no_grad():
+                distribution = self._vae.encode(pixels).latent_dist
+            return {"mean": distribution.mean[0].float().cpu(), "std": distribution.std[0].float().cpu()}
+
+        if self._cache is None or not sample.recurs:
+            found = make()
+        else:
+            content = self._fingerprint(self.samples.pictures[sample.picture].path)
+            facts = {"content": content, "box": sample.box, "size": sample.size, "flip": sample.flip}
+            found = self._cache.get(facts, make)
+        return found["mean"], found["std"]
+
+
+class Batches:
+    """The course of batches of one run, those of class pictures beside the user's.
+
+    Args:
+        subject: The user's pictures.
+        prior: Class pictures, or None.
+        prior_weight: Of the loss on class pictures.
+    """
+
+    def __init__(self, subject: Latents, prior: Latents | None, *, prior_weight: float) -> None:
+        self._subject, self._prior, self._prior_weight = subject, prior, prior_weight
+
+    @property
+    def recurring_captions(self) -> frozenset[str]:
+        """The captions that come again in every epoch."""
+        own = self._subject.samples.recurring_captions
+        return own | self._prior.samples.recurring_captions if self._prior is not None else own
+
+    def batch(self, first: int, size: int) -> Batch:
+        """Return ``size`` samples of each kind from a global index on."""
+        batch = self._subject.batch(first, size)
+        if self._prior is None:
+            return batch
+        return batch.with_prior(self._prior.batch(first, size), self._prior_weight)
 
 
 class TrainStep(nn.Module):
@@ -188,24 +298,29 @@ class TrainStep(nn.Module):
 
     Args:
         pipe: The base, with whatever the training method attached to it.
-        min_snr_gamma: Gamma of the loss weighting; None for the plain mean squared error.
-        train_text_encoders: Whether gradients reach the text encoders; otherwise each caption is encoded
-            once.
+        loss: Of the single numbers, and its weights.
+        prompts: Encodes the captions.
+
+    Raises:
+        TrainingError: If base and loss do not fit together.
     """
 
-    def __init__(
-        self, pipe: DiffusionPipeline, *, min_snr_gamma: float | None, train_text_encoders: bool
-    ) -> None:
+    def __init__(self, pipe: DiffusionPipeline, *, loss: Loss = PLAIN_LOSS, prompts: Prompts) -> None:
         super().__init__()
         self.unet: Any = pipe.unet
         encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         self.text_encoders = nn.ModuleList(encoder for encoder in encoders if encoder is not None)
         self.schedule = NoiseSchedule(pipe)
-        self._prompts = Prompts(pipe, cache=not train_text_encoders)
-        self._gamma = min_snr_gamma
+        self._prompts = prompts
+        self._loss_of = loss
+        self._weights = self.schedule.loss_weights(loss)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss, a scalar in fp32."""
+        loss = self._loss(batch)
+        return loss if batch.beside is None else loss + self._loss(batch.beside)
+
+    def _loss(self, batch: Batch) -> Tensor:
         noisy = self.schedule.noisy(batch.latents, batch.noise, batch.timesteps)
         embeddings, pooled = self._prompts(batch.captions, noisy.device)
         dtype = self.unet.dtype
@@ -220,7 +335,26 @@ class TrainStep(nn.Module):
             return_dict=False,
         )[0]
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
-        losses = functional.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
-        if self._gamma is not None:
-            losses = losses * self.schedule.min_snr_weights(batch.timesteps, self._gamma)
-        return losses.mean()
+        errors = self._loss_of.errors(predicted.float(), target.float())
+        losses = masked_mean(errors, batch.masks)
+        if self._weights is not None:
+            self._weights = self._weights.to(batch.timesteps.device)
+            losses = losses * self._weights[batch.timesteps]
+        return (losses * batch.weights).sum()
+
+
+def masked_mean(errors: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the mean of each sample's errors, weighted by its mask, ``[B]``.
+
+    Divided by the mask's area, so that a small mask counts as much as a large one; 0 where the crop holds no
+    part of the mask.
+
+    Args:
+        errors: ``[B, C, h, w]`` fp32.
+        masks: ``[B, 1, h, w]``, 0 to 1, or None for all alike.
+    """
+    if masks is None:
+        return errors.flatten(1).mean(1)
+    area = errors.shape[1] * masks.flatten(1).sum(1)
+    weighted: Tensor = (errors * masks).flatten(1).sum(1)
+    return weighted / torch.where(area > 0, area, 1.0)

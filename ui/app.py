@@ -15,6 +15,7 @@ from studio.errors import UsageError
 from studio.jobs import JobStore
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
+from studio.ui.pictures import clean_uploads
 from studio.ui.supervisor import Supervisor
 from studio.ui.theme import CSS, theme
 from studio.ui.train_tab import TrainTab
@@ -92,7 +93,8 @@ def serve(
         )
     space = workspace(home)
     # What is dropped on the page lies in the workspace, not in a folder shared by all users.
-    os.environ["GRADIO_TEMP_DIR"] = str(space.uploads / "cache")
+    os.environ["GRADIO_TEMP_DIR"] = str(space.cache)
+    _forget_old_uploads(space)
     supervisor = Supervisor(space)
     page = build(space.root, trouble=supervisor.trouble)
     url = _launch(page, space, host, port, open_browser, quiet=on_ready is not None)
@@ -131,6 +133,12 @@ def _launch(
     except OSError as error:
         raise UsageError(f"port {port} of {host} is taken. Choose another with --port.") from error
     return str(url)
+
+
+def _forget_old_uploads(space: Workspace) -> None:
+    """Remove old uploads but for the pictures of the training that the page shows and of those to come."""
+    jobs = JobStore(space.database).list(kind="train")
+    clean_uploads(space, in_use=[job.spec["data"] for job in jobs if job.active or job is jobs[0]])
 
 
 def _draw_with(follower: Follower, generate: GenerateTab) -> list[Any]:

@@ -14,6 +14,7 @@ import pandas
 from studio.jobs import Job, JobStore, Kind, Reported
 
 CHART_POINTS = 240
+SHOWN_MESSAGES = 3
 
 _TITLES = {
     ("train", "running"): "Training",
@@ -32,6 +33,7 @@ class Story:
         losses: Step, loss and smoothed loss of each optimizer step.
         pictures: Samples or results in order, with a caption.
         adapter: The last adapter file that was written.
+        messages: What was said on the way.
         lines: The report and the messages.
     """
 
@@ -43,6 +45,7 @@ class Story:
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     pictures: list[tuple[Path, str]] = field(default_factory=list)
     adapter: Path | None = None
+    messages: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     first: tuple[int, float] | None = None
 
@@ -63,6 +66,8 @@ class Story:
             self.pictures.append((event.path, caption))
         elif event.kind == "saved":
             self.adapter = event.path
+        if event.kind == "message":
+            self.messages.append(event.message)
         if event.kind in ("report", "message") and event.message:
             self.lines.append(event.message)
 
@@ -109,7 +114,7 @@ class Follower:
 
 
 def status(story: Story, *, note: str = "") -> str:
-    """Return the state of a job as HTML: title, bar, facts and message.
+    """Return the state of a job as HTML: title, bar, facts and messages.
 
     Args:
         story: The job.
@@ -119,13 +124,14 @@ def status(story: Story, *, note: str = "") -> str:
     title = "Stopping" if job.stopping else _TITLES.get((job.kind, job.state), _STATES.get(job.state, ""))
     share = 100 if job.state == "done" else 100 * story.step // max(story.total, 1)
     facts = " · ".join(fact for fact in _facts(story) if fact)
-    message = job.message or note
+    said = [notice(message, bad=False) for message in (*story.messages[-SHOWN_MESSAGES:], note) if message]
+    said += [notice(job.message, bad=job.state == "failed")] if job.message else []
     return (
         f'<div class="job job-{job.state}" data-job="{job.id}" data-state="{job.state}">'
         f'<div class="job-line"><b>{title}</b><span>{html.escape(facts)}</span></div>'
         f'<div class="bar" role="progressbar" aria-label="{title}" aria-valuenow="{share}"'
         f' aria-valuemin="0" aria-valuemax="100"><div style="width: {share}%"></div></div>'
-        f"{notice(message, bad=job.state == 'failed') if message else ''}</div>"
+        f"{''.join(said)}</div>"
     )
 
 

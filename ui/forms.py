@@ -5,7 +5,8 @@ A field added to a specification, or an option of a new method, appears in the p
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import gradio as gr
 from pydantic import BaseModel
@@ -14,8 +15,13 @@ from studio.registry import FORMATS
 from studio.specs import MethodSpec
 
 Values = dict[str, Any]
+Layout = Literal["plain", "list", "table"]
+_LAYOUTS: dict[str, Layout] = {"array": "list", "object": "table"}  # by type in the JSON schema
 
-_WORDS = {"snr": "SNR", "unet": "UNet", "grad": "gradient", "num": "number of"}
+_WORDS = {
+    "grad": "gradient", "lora": "LoRA", "moslora": "MoSLoRA", "num": "number of", "rslora": "rsLoRA",
+    "snr": "SNR", "unet": "UNet",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,28 @@ class Field:
         name: The specification's name for it.
         method: The method whose option it is; None for a field of the specification itself.
         nullable: Whether an empty field means "none".
-        lines: Whether its value is a list written one entry per line.
+        layout: How its value stands in the component: as it is, as a list with one entry per line, or as a
+            table with one ``name = value`` per line.
         component: What shows it.
     """
 
     name: str
     method: str | None
     nullable: bool
-    lines: bool
+    layout: Layout
     component: Any
 
     def read(self, value: Any) -> Any:
         """Return the specification's value for what stands in the component."""
-        if self.lines:
-            return [line.strip() for line in (value or "").splitlines() if line.strip()]
+        if self.layout != "plain":
+            lines = [line.strip() for line in (value or "").splitlines() if line.strip()]
+            return lines if self.layout == "list" else dict(_pair(line) for line in lines)
         return None if self.nullable and value == "" else value
 
     def write(self, value: Any) -> Any:
         """Return what the component shows for a value of the specification."""
-        if self.lines:
-            return "\n".join(map(str, value or ()))
+        if self.layout != "plain":
+            return _as_lines(value)
         return ("" if value is None else str(value)) if self.nullable else value
 
 
@@ -149,28 +157,35 @@ class Form:
     def _place(self, model: type[BaseModel], name: str, method: str | None, looks: Mapping[str, Any]) -> Any:
         schema = _schema(model, name) or {}
         shown = dict(schema, default=self.start.get(name, schema.get("default")))
-        lines = schema.get("type") == "array"
+        layout = _LAYOUTS.get(schema.get("type", ""), "plain")
         component = _component(name, shown, _choices(self.spec_type, name), looks)
-        self.fields.append(Field(name, method, bool(schema.get("nullable")), lines, component))
+        self.fields.append(Field(name, method, bool(schema.get("nullable")), layout, component))
         return component
 
 
 def label(name: str) -> str:
     """Return a field's name as a person writes it: ``min_snr_gamma`` becomes "Min SNR gamma"."""
-    words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
-    return words[:1].upper() + words[1:]
+    first, *others = name.split("_")
+    return " ".join([_WORDS.get(first, first.capitalize()), *(_WORDS.get(word, word) for word in others)])
 
 
 def _schema(model: type[BaseModel], name: str) -> Values | None:
     """Return a field's JSON schema with ``nullable`` resolved, or None if no component can show it."""
-    raw: Values = model.model_json_schema()["properties"][name]
+    raw = _properties(model)[name]
     branches = [branch for branch in raw.get("anyOf", ()) if branch.get("type") != "null"]
     schema = (
         raw | (branches[0] if branches else {}) | {"nullable": len(branches) != len(raw.get("anyOf", ()))}
     )
     simple = schema.get("type") in ("string", "integer", "number", "boolean") or "enum" in schema
-    lines = schema.get("type") == "array" and schema.get("items", {}).get("type") == "string"
+    entries = schema.get("items", schema.get("additionalProperties"))
+    lines = isinstance(entries, Mapping) and entries.get("type") in ("string", "integer", "number")
     return schema if simple or lines else None
+
+
+@cache
+def _properties(model: type[BaseModel]) -> Mapping[str, Values]:
+    properties: Mapping[str, Values] = model.model_json_schema()["properties"]
+    return properties
 
 
 def _choices(spec_type: type[MethodSpec], name: str) -> tuple[list[str], bool] | None:
@@ -194,17 +209,33 @@ def _component(
     common: Values = {"label": label(name), "info": schema.get("description"), "min_width": 170} | dict(looks)
     if choices or "enum" in schema:
         names, open_end = choices or (schema["enum"], False)
-        return gr.Dropdown(names, value=value, allow_custom_value=open_end, **common)
+        offered = [("automatic", ""), *names] if schema["nullable"] else names
+        return gr.Dropdown(
+            offered, value="" if value is None else value, allow_custom_value=open_end, **common
+        )
     if schema["type"] == "boolean":
         return gr.Checkbox(value=value, **common)
     if schema["type"] in ("integer", "number") and not schema["nullable"]:
         # The browser's arrows step by this; any number may be typed, and the specification judges it.
         fine = 1 if schema["type"] == "integer" else 0.0001 if float(value or 0) < 0.1 else 0.1
         return gr.Number(value=value, step=fine, **common)
-    if schema["type"] == "array":
-        return gr.Textbox(value="\n".join(value or ()), lines=2, placeholder="one per line", **common)
+    if schema["type"] in _LAYOUTS:
+        shape = "one per line" if schema["type"] == "array" else "name = value, one per line"
+        return gr.Textbox(value=_as_lines(value), lines=2, placeholder=shape, **common)
     # A number that may be left out is a line of text, because a number field cannot be empty.
     return gr.Textbox(value="" if value is None else str(value), **common)
+
+
+def _pair(line: str) -> tuple[str, str]:
+    """Return name and value of ``name = value``; a name alone has an empty value, which its type refuses."""
+    name, equals, value = line.rpartition("=")
+    return (name.strip(), value.strip()) if equals else (line, "")
+
+
+def _as_lines(value: Mapping[str, Any] | Sequence[Any] | None) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key} = {entry}" for key, entry in value.items())
+    return "\n".join(map(str, value or ()))
 
 
 def _one_or_all(updates: list[Any]) -> Any:

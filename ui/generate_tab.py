@@ -45,7 +45,7 @@ class GenerateTab:
                 self.panel.state()
                 self.panel.pictures("Pictures", columns=4)
                 self.drop = gr.File(
-                    label="Drop a picture made here to restore its settings (.png)",
+                    label="Restore settings from a picture made here",
                     file_types=[".png"],
                     height=140,
                     elem_id="generate-drop",
@@ -56,7 +56,9 @@ class GenerateTab:
     def wire(self, timer: gr.Timer) -> None:
         """Connect components with what they do."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.panel.wire(timer, self.request, [self.chosen, *self.sliders, *self.form.components])
+        self.panel.wire(
+            timer, self.request, [self.expected, self.chosen, *self.sliders, *self.form.components]
+        )
         self.chosen.input(
             self._choose,
             inputs=[self.chosen, self.named, *self.sliders],
@@ -73,8 +75,13 @@ class GenerateTab:
             **quiet,
         )
 
-    def request(self, chosen: list[str] | None, *values: Any) -> Values:
+    def request(self, expected: dict[str, str], chosen: list[str] | None, *values: Any) -> Values:
         """Return the specification to queue.
+
+        Args:
+            expected: Hashes of the picture whose settings stand in the form, by base and adapter.
+            chosen: Names of adapters.
+            values: Of their sliders and of the form's fields.
 
         Raises:
             SpecError: Lists every problem of the form.
@@ -87,6 +94,7 @@ class GenerateTab:
             {"path": str(self._adapter_path(name)), "weight": weight}
             for name, weight in zip(names, weights, strict=False)
         ]
+        request["expected_hashes"] = expected
         request["output"] = str(self.space.inside(self.space.pictures / unique("pictures")))
         # The folder is this job's own; a retry finds there what the first attempt drew.
         request["overwrite"] = True
@@ -96,14 +104,15 @@ class GenerateTab:
     @property
     def request_outputs(self) -> list[Any]:
         """What ``show`` returns updates for."""
-        return [self.chosen, self.named, *self.sliders, *self.form.components]
+        return [self.expected, self.chosen, self.named, *self.sliders, *self.form.components]
 
     def show(self, request: Values) -> list[Any]:
         """Return the form filled with a request; adapters outside the workspace are left out."""
         uses = {self._name(use["path"]): float(use["weight"]) for use in request.get("adapters", ())}
         names = [name for name in uses if name in self.adapter_names()][:MAX_ADAPTERS]
         chosen = gr.update(value=names, choices=self.adapter_names())
-        return [chosen, names, *_slider_updates(names, uses), *self.form.write(request)]
+        expected = request.get("expected_hashes", {})
+        return [expected, chosen, names, *_slider_updates(names, uses), *self.form.write(request)]
 
     def use(self, adapter: Path, prompt: str | None, base: str) -> list[Any]:
         """Return the form set to draw with a trained adapter."""
@@ -146,6 +155,7 @@ class GenerateTab:
                 "Add a file", file_types=[".safetensors"], scale=1, min_width=100, size="sm"
             )
         self.named = gr.State([])
+        self.expected = gr.State({})
         with gr.Row(elem_classes=["fields", "sliders"]):
             self.sliders = [
                 gr.Slider(
@@ -170,7 +180,7 @@ class GenerateTab:
             form.add("height", placeholder="automatic", info=None)
             form.add("scheduler", info=None)
         with gr.Accordion("More options", open=False), gr.Row(elem_classes="fields"):
-            form.add_rest(leave_out=["adapters", "output", "overwrite"])
+            form.add_rest(leave_out=["adapters", "output", "overwrite", "expected_hashes"])
 
     def _offer(self, _: Story | None) -> tuple[str, ...]:
         return tuple(self.adapter_names())

@@ -3,15 +3,17 @@
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from studio.errors import DataError
 from studio.workspace import Workspace
 
+KEPT_DAYS = 7
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EXAMPLE = "robot"
+_SET = "set"
 
 
 def example_set(space: Workspace, name: str = EXAMPLE) -> Path | None:
@@ -42,11 +44,43 @@ def keep_uploads(space: Workspace, uploaded: Sequence[str | Path]) -> Path:
         raise DataError(
             f"none of {len(names)} files is a picture ({', '.join(PICTURES)}). Drop pictures as well."
         )
-    folder = space.inside(space.uploads / unique("set"))
+    folder = space.inside(space.uploads / unique(_SET))
     folder.mkdir()
     for path in uploaded:
         shutil.copyfile(path, folder / Path(path).name)
     return folder
+
+
+def clean_uploads(
+    space: Workspace, *, in_use: Collection[str | Path], now: float | None = None
+) -> list[Path]:
+    """Remove what was dropped on the page more than ``KEPT_DAYS`` days ago and return what it was.
+
+    Sets of pictures and files of the page's cache: copies, whose originals the user has. Links are removed,
+    never followed, and where the folder of uploads itself leads out of the workspace nothing is touched.
+
+    Args:
+        space: Whose uploads.
+        in_use: Sets that are still needed.
+        now: Seconds since the epoch; default: the clock's.
+    """
+    if space.uploads.resolve() != space.uploads:
+        return []
+    limit = (time.time() if now is None else now) - KEPT_DAYS * 24 * 3600
+    kept = {Path(path) for path in in_use}
+    cache = space.cache.iterdir() if space.cache.is_dir() and not space.cache.is_symlink() else ()
+    old = [
+        path
+        for path in (*space.uploads.glob(f"{_SET}-*"), *cache)
+        if path not in kept and path.lstat().st_mtime < limit
+    ]
+    for path in old:
+        # What cannot be removed now is tried again when the page starts the next time.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return old
 
 
 def captioned(folder: Path | None) -> list[tuple[str, str]]:

@@ -8,15 +8,17 @@ SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial"
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.35rem; font-weight: 650; margin: 0; }
 #title p { margin: 2px 0 0; color: var(--body-text-color-subdued); font-size: .9rem; }
 h2 { font-size: .95rem; font-weight: 600; margin: 0; }
 h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-subdued); }
 .html-container { padding: 0 !important; }
 .block:has(> .html-container > .prose:empty) { display: none; }
-.fields, .buttons { gap: 12px; }
-.form, .fields .form { gap: 12px; }
+.fields, .buttons, .form { gap: 12px; }
+.fields > .form { display: contents; }
+.fields .block:has(> label > input[type=checkbox], input[type=checkbox]) {
+  min-width: min(170px, 100%) !important; }
 .sliders:not(:has(input)) { display: none; }
 .form > .block, .form { background: transparent; box-shadow: none; border: none !important; }
 .form > .block { padding: 0 !important; }
@@ -24,9 +26,12 @@ h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-sub
 input[role=combobox] { text-overflow: ellipsis; padding-right: 26px !important; }
 .wrap:has(> .wrap-inner input[role=combobox]) { min-height: 37px; align-content: center; }
 .gallery-container .grid-wrap { min-height: 0 !important; }
+.gallery-container { padding-top: 24px !important; }
+.thumbs .gallery-container { padding-top: 0 !important; }
 .gallery-container .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
-.thumbs .grid-container { grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)) !important; }
+.thumbs .grid-container { grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)) !important;
+  grid-auto-rows: min-content !important; }
 .thumbs .thumbnail-item { aspect-ratio: 1; height: auto !important; }
 .thumbs .caption-label { display: none; }
 .idle { padding: 22px 18px; border: 1px dashed var(--border-color-primary); border-radius: 8px;

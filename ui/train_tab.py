@@ -110,7 +110,7 @@ class TrainTab:
             elem_classes="thumbs",
         )
         self.drop = gr.File(
-            label="Your pictures; a caption may come as a .txt file of the same name",
+            label="Your pictures, captions as .txt files",
             file_count="multiple",
             file_types=[*PICTURES, ".txt"],
             height=140,
@@ -147,6 +147,8 @@ class TrainTab:
         panel = self.panel
         panel.buttons("Train")
         panel.state()
+        # Gradio's own label and legend push the axis out of the plot's frame.
+        gr.HTML("<h2>Loss<small>: each step in grey, smoothed in blue</small></h2>")
         chart = gr.LinePlot(
             x="step",
             y="loss",
@@ -154,8 +156,9 @@ class TrainTab:
             color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6"},
             x_title="step",
             y_title="loss",
-            height=340,
-            label="Loss",
+            colors_in_legend=[],
+            height=300,
+            show_label=False,
             tooltip="axis",
             elem_id="train-chart",
         )

@@ -85,13 +85,21 @@ def describe(
         "modelspec.architecture": f"{ARCHITECTURES[architecture]}/{kind}",
         "modelspec.implementation": IMPLEMENTATIONS[family or "sd1"],
     }
+    # A token is no network.
+    network = (
+        {}
+        if kind == "textual-inversion"
+        else {
+            "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
+            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": f"{alpha:g}",
+            "ss_network_args": json.dumps(_LYCORIS.get(kind, {})),
+        }
+    )
     facts = {
         "format": "pt",
         "ss_v2": str(family == "sd2"),
-        "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(_LYCORIS.get(kind, {})),
+        **network,
         "modelspec.sai_model_spec": "1.0.1",
         "studio.format_version": FORMAT_VERSION,
     }

@@ -70,7 +70,7 @@ def load_base(base: str | Path, *, device: str = "auto", precision: str = "auto"
     place = resolve_device(device)
     dtype = resolve_dtype(precision, place)
     source = find_base(base)
-    with _quiet():
+    with bars_off():
         if isinstance(source, str):
             pipe = _from_hub(source, dtype)
         elif source.is_dir():
@@ -253,8 +253,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' loading bars off, for this load only."""
+def bars_off() -> Iterator[None]:
+    """Keep the libraries' bars of loading and saving off for a while."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

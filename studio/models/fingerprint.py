@@ -10,12 +10,16 @@ from torch import Tensor
 _SAMPLES = 64
 
 
-def fingerprint(pipe: Any) -> str:
+def fingerprint(pipe: Any, *, dtype: torch.dtype | None = None) -> str:
     """Return a sha256 over the UNet's configuration, its parameters' names, shapes and sampled values.
 
-    Costs a fraction of a second and one transfer from a GPU. The values are taken in the type they have: a
-    model loaded in fp16 and in fp32 differ where rounding shows. Inside ``compose`` it is that of the
-    composed weights.
+    Costs a fraction of a second and one transfer from a GPU. Inside ``compose`` it is that of the composed
+    weights.
+
+    Args:
+        pipe: The base.
+        dtype: Type that the values are rounded to first; None takes them as they are, so that a model loaded
+            in fp16 and in fp32 differ where rounding shows.
     """
     unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
     config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
@@ -23,7 +27,8 @@ def fingerprint(pipe: Any) -> str:
     samples = []
     for name, parameter in sorted(unet.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        samples.append(_sample(parameter))
+        values = _sample(parameter)
+        samples.append(values if dtype is None else values.to(dtype).float())
     digest.update(torch.cat(samples).cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from studio.specs.base import MethodSpec, Options, allows_none, known_fields, parse_spec, settable
 from studio.specs.events import Event, OnEvent
 from studio.specs.generate import AdapterUse, GenerateSpec
+from studio.specs.probe import ProbeSpec
 from studio.specs.train import TrainSpec
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MethodSpec",
     "OnEvent",
     "Options",
+    "ProbeSpec",
     "TrainSpec",
     "allows_none",
     "known_fields",

@@ -64,6 +64,11 @@ class GenerateSpec(MethodSpec):
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     output: Path = Field(Path("out"), description="Folder of the pictures.")
     overwrite: bool = Field(False, description="Replace pictures of the same name.")
+    expected_hashes: dict[str, str] = Field(
+        {},
+        description="Hash that a base or adapter should have, by its name as given; it is said where another "
+        "is found. A picture whose settings are taken brings them along.",
+    )
 
     @field_validator("adapters", mode="before")
     @classmethod

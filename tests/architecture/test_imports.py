@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,46 +130,60 @@ def test_the_rule_itself(module: str, name: str, wrong: bool) -> None:
     assert forbidden(module, name) is wrong
 
 
-def run(code: str, *, cwd: Path = ROOT) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def torch_free_modules() -> list[str]:
     found = [path for folder in TORCH_FREE_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
     return [*TORCH_FREE, *(module_of(path) for path in found)]
 
 
-def test_light_modules_load_without_torch(tmp_path: Path) -> None:
-    code = f"""
-import importlib, json, sys
-heavy = []
-for name in {torch_free_modules()!r}:
-    importlib.import_module(name)
-    if "torch" in sys.modules:
-        heavy.append(name)
-        break
-print(json.dumps(heavy))
+COMMANDS = ("--help", "train --help", "generate --help", "list", "jobs", "inspect x.safetensors")
+PAGE = "the page is built"
+# Runs in a fresh process; prints a JSON object: the first heavy module loaded by each act, or null.
+ACTS = """
+import contextlib, importlib, io, json, sys
+from studio.cli import main
+modules, commands, page = json.loads(sys.argv[1])
+def build():
+    from studio.ui.app import build
+    build("home")
+acts = {name: lambda name=name: importlib.import_module(name) for name in modules}
+acts |= {words: lambda words=words: main(words.split()) for words in commands} | {page: build}
+found = {}
+for name, act in acts.items():
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = act()
+    heavy = [module for module in ("torch", "diffusers", "transformers") if module in sys.modules]
+    found[name] = heavy[0] if heavy else f"exit code {code}" if name in commands and code else None
+print(json.dumps(found))
 """
-    assert json.loads(run(code, cwd=tmp_path)) == []
 
 
-@pytest.mark.parametrize(
-    "words", ["--help", "train --help", "generate --help", "list", "jobs", "inspect FILE"]
-)
-def test_light_commands_load_no_torch(words: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """Return what each act of a light process loaded that is heavy."""
+    folder = tmp_path_factory.mktemp("light")
     entry = {"lora_unet_x.lora_down.weight": {"dtype": "F16", "shape": [1, 2], "data_offsets": [0, 4]}}
     header = json.dumps(entry).encode()
-    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    argv = [word.replace("FILE", "x.safetensors") for word in words.split()]
-    end = f"sys.exit(main({argv!r}) or 'torch' in sys.modules)"
-    code = f"import sys; from studio.cli import main; {end}"
-    run(code, cwd=tmp_path)
-
-
-def test_the_package_and_diffusers_work_from_the_root_of_the_checkout_beside_our_kernels_folder() -> None:
-    run(
-        "import studio, diffusers; diffusers.StableDiffusionPipeline;"
-        "assert all(hasattr(studio, name) for name in studio.__all__) and not hasattr(studio, 'x')"
+    (folder / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    command = [sys.executable, "-c", ACTS, json.dumps([torch_free_modules(), COMMANDS, PAGE])]
+    environment = os.environ | {"STUDIO_HOME": str(folder / "home")}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str | None] = json.loads(done.stdout)
+    return found
+
+
+def test_light_modules_load_without_torch(loaded: dict[str, str | None]) -> None:
+    assert {name: loaded[name] for name in torch_free_modules() if loaded[name]} == {}
+
+
+@pytest.mark.parametrize("act", [*COMMANDS, PAGE])
+def test_light_commands_and_the_page_load_no_torch(act: str, loaded: dict[str, str | None]) -> None:
+    assert loaded[act] is None
+
+
+def test_the_package_offers_what_it_names_and_nothing_else() -> None:
+    import studio
+
+    assert all(hasattr(studio, name) for name in studio.__all__) and not hasattr(studio, "x")

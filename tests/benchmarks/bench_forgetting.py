@@ -12,14 +12,19 @@ import studio
 from studio.api import generate_batch
 from studio.assets.builder.evaluator import judge
 from studio.assets.builder.measure import labelled_prompts
-from studio.demo import PROMPT, SUBJECT, demo_training
+from studio.demo import CLASS_PROMPTS, PROMPT, SUBJECT, demo_training
+
+
+def share(right: list[bool], chosen: list[bool]) -> float:
+    """Return the share of right ones among the chosen."""
+    return sum(a and b for a, b in zip(right, chosen, strict=True)) / max(1, sum(chosen))
 
 
 def main() -> None:
     """Train, draw both kinds of prompts with and without the adapter, print shares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=demo_training(Path("demo")).steps)
-    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=144)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = studio.train(demo_training(Path(folder)).model_copy(update={"steps": args.steps}))
@@ -35,9 +40,12 @@ def main() -> None:
             ]
             drawn = [r.image for r in generate_batch(own, seeds=range(4), adapters=adapters, batch_size=12)]
             right = [verdict.subject == row[1] for verdict, row in zip(judge(others), rows, strict=True)]
+            kept = [any(row[1] in prompt for prompt in CLASS_PROMPTS) for row in rows]
             found = [verdict.subject == SUBJECT for verdict in judge(drawn)]
             shares[name] = {
                 "other subjects right": sum(right) / len(right),
+                "those in class pictures": share(right, kept),
+                "those in none": share(right, [not flag for flag in kept]),
                 "new subject found": sum(found) / len(found),
             }
     print(json.dumps({"steps": args.steps, "seconds": round(result.seconds), **shares}, indent=2))

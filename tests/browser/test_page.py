@@ -27,13 +27,19 @@ SERVE = "from studio.ui.app import serve; serve(port=0, on_ready=lambda url: pri
 WAIT = 60_000  # ms; a cold start imports torch and diffusers on a machine that may be busy
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the page's workspace."""
+    return tmp_path_factory.mktemp("page") / "home"
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
     """Serve the page with a workspace of its own in a process of its own."""
-    environment = os.environ | {"STUDIO_HOME": str(tmp_path / "home")}
+    environment = os.environ | {"STUDIO_HOME": str(home)}
     command = [sys.executable, "-P", "-c", SERVE]
     with subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        command, env=environment, cwd=home.parent, stdout=subprocess.PIPE, text=True
     ) as server:
         try:
             assert server.stdout
@@ -43,24 +49,31 @@ def address(tmp_path: Path) -> Iterator[str]:
             server.wait(60)
 
 
-@pytest.fixture
-def page(address: str) -> Iterator[Any]:
-    """Open the page; anything it fetches from elsewhere, and any script error, fails the test."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start a browser."""
     if BROWSER is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    strangers: list[str] = []
-    errors: list[str] = []
+    playwright.expect.set_options(timeout=WAIT)
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1250})
-        page.set_default_timeout(WAIT)
-        playwright.expect.set_options(timeout=WAIT)
-        page.on("request", lambda request: _note_stranger(request.url, strangers))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """Open the page; anything it fetches from elsewhere, and any script error, fails the test."""
+    strangers: list[str] = []
+    errors: list[str] = []
+    page = browser.new_page(viewport={"width": 1400, "height": 1250})
+    page.set_default_timeout(WAIT)
+    page.on("request", lambda request: _note_stranger(request.url, strangers))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    yield page
+    page.close()
     assert not strangers, f"the page fetched from elsewhere: {strangers}"
     assert not errors, f"script errors on the page: {errors}"
 
@@ -71,11 +84,11 @@ def _note_stranger(url: str, strangers: list[str]) -> None:
         strangers.append(url)
 
 
-@pytest.fixture
-def base(tmp_path: Path, tiny_sd: Callable[[], Any]) -> Path:
+@pytest.fixture(scope="module")
+def base(home: Path, tiny_sd: Callable[[], Any]) -> Path:
     """Save a tiny base model for the page to work with."""
-    tiny_sd().save_pretrained(tmp_path / "tiny-base")
-    return tmp_path / "tiny-base"
+    tiny_sd().save_pretrained(home.parent / "tiny-base")
+    return home.parent / "tiny-base"
 
 
 @pytest.fixture
@@ -91,11 +104,11 @@ def drawings(tmp_path: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _screenshot(page: Any, tmp_path: Path, name: str) -> None:
-    folder = Path(os.environ.get("STUDIO_SCREENSHOTS") or tmp_path / "screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    page.wait_for_timeout(700)
-    page.screenshot(path=folder / f"{name}.png", full_page=True)
+def _screenshot(page: Any, name: str) -> None:
+    """Keep a picture of the page for whoever looks at it, in the folder STUDIO_SCREENSHOTS."""
+    if folder := os.environ.get("STUDIO_SCREENSHOTS"):
+        page.wait_for_timeout(700)
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 def _fill(page: Any, field: str, value: str) -> None:
@@ -104,17 +117,31 @@ def _fill(page: Any, field: str, value: str) -> None:
     box.press("Tab")
 
 
+CHART = "#train-chart canvas, #train-chart svg.marks"
+
+
 def _no_overflow(page: Any) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
+def _fits_a_phone(page: Any) -> bool:
+    """Say whether the page is as wide as a phone, and its chart whole, on the screen of one."""
+    before = page.viewport_size
+    page.set_viewport_size({"width": 390, "height": 850})
+    page.wait_for_timeout(300)
+    frame, chart = (page.locator(name).first.bounding_box() for name in ("#train-chart", CHART))
+    whole = chart["y"] + chart["height"] <= frame["y"] + frame["height"]
+    narrow = _no_overflow(page)
+    page.set_viewport_size(before)
+    return whole and narrow
+
+
 def test_a_user_trains_draws_reloads_and_restores(
-    page: Any, address: str, base: Path, drawings: list[Path], tmp_path: Path
+    page: Any, address: str, home: Path, base: Path, drawings: list[Path]
 ) -> None:
     from playwright.sync_api import expect
 
-    home = tmp_path / "home"
-    _screenshot(page, tmp_path, "1-opened")
+    _screenshot(page, "1-opened")
     assert _no_overflow(page)
 
     page.locator("#train-drop input[type=file]").set_input_files([str(path) for path in drawings])
@@ -127,19 +154,20 @@ def test_a_user_trains_draws_reloads_and_restores(
     expect(page.locator("#train-message")).to_contain_text(
         "steps: Input should be greater than or equal to 1"
     )
-    _screenshot(page, tmp_path, "2-refused")
+    _screenshot(page, "2-refused")
 
     _fill(page, "train-steps", "24")
     _fill(page, "train-sample-every", "12")
     page.locator("#train-start").click()
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "running")
-    _screenshot(page, tmp_path, "3-training")
+    _screenshot(page, "3-training")
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "done")
     expect(page.locator("#train-status")).to_contain_text("step 24 of 24")
     expect(page.locator("#train-download")).to_contain_text("coin.safetensors")
     expect(page.locator("#train-pictures img")).to_have_count(3)
-    expect(page.locator("#train-chart canvas, #train-chart svg.marks").first).to_be_visible()
-    _screenshot(page, tmp_path, "4-trained")
+    expect(page.locator(CHART).first).to_be_visible()
+    _screenshot(page, "4-trained")
+    assert _fits_a_phone(page)
     assert (home / "adapters" / "coin.safetensors").is_file()
     with page.expect_download() as download:
         page.locator("#train-download").click()
@@ -154,7 +182,7 @@ def test_a_user_trains_draws_reloads_and_restores(
     page.locator("#generate-start").click()
     expect(page.locator("#generate-status .job")).to_have_attribute("data-state", "done")
     expect(page.locator("#generate-pictures img")).to_have_count(3)
-    _screenshot(page, tmp_path, "5-drawn")
+    _screenshot(page, "5-drawn")
     assert _no_overflow(page)
 
     page.goto(address)
@@ -163,25 +191,28 @@ def test_a_user_trains_draws_reloads_and_restores(
     expect(page.locator("#train-prompt textarea, #train-prompt input").first).to_have_value(
         "a photo of sks coin"
     )
-    expect(page.locator("#train-chart canvas, #train-chart svg.marks").first).to_be_visible()
+    expect(page.locator(CHART).first).to_be_visible()
     page.get_by_role("tab", name="Generate").click()
     expect(page.locator("#generate-pictures img")).to_have_count(3)
     expect(page.locator("#generate-seed input")).to_have_value("7")
-    _screenshot(page, tmp_path, "6-loaded-again")
+    _screenshot(page, "6-loaded-again")
 
     _fill(page, "generate-seed", "99")
     picture = next((home / "pictures").glob("*/*-8.png"))
     page.locator("#generate-drop input[type=file]").set_input_files(str(picture))
     expect(page.locator("#generate-seed input")).to_have_value("8")
     expect(page.locator("#generate-message")).to_contain_text("restored")
-    _screenshot(page, tmp_path, "7-restored")
+    _screenshot(page, "7-restored")
 
 
 def test_stop_ends_a_training_safely_and_keeps_its_adapter(
-    page: Any, base: Path, drawings: list[Path], tmp_path: Path
+    page: Any, home: Path, base: Path, drawings: list[Path]
 ) -> None:
     from playwright.sync_api import expect
 
+    if (home / "adapters").is_dir() and any((home / "adapters").iterdir()):
+        # The page restores the other test's run when it is loaded, and would do so over what is filled in.
+        expect(page.locator("#train-status")).to_contain_text("Trained")
     page.locator("#train-drop input[type=file]").set_input_files([str(path) for path in drawings])
     _fill(page, "train-base", str(base))
     _fill(page, "train-name", "long")
@@ -194,4 +225,4 @@ def test_stop_ends_a_training_safely_and_keeps_its_adapter(
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "cancelled")
     expect(page.locator("#train-download")).to_contain_text("long.safetensors")
     expect(page.locator("#train-retry")).to_be_visible()
-    _screenshot(page, tmp_path, "8-stopped")
+    _screenshot(page, "8-stopped")

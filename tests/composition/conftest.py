@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 
+TARGET = {
+    "linear": "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight",
+    "conv": "unet.mid_block.resnets.0.conv1.weight",
+    "text": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight",
+}
 TARGETS = (
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-    "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight",
-    "unet.mid_block.resnets.0.conv1.weight",
+    TARGET["linear"],
+    TARGET["conv"],
     "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",
 )
-TEXT_TARGET = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -26,12 +30,57 @@ def make_adapter() -> Callable[..., Any]:
         from studio.adapters.parameters import components_of, find_parameter
 
         generator = torch.Generator().manual_seed(seed)
-        names = [*targets, TEXT_TARGET] if text else list(targets)
+        names = [*targets, TARGET["text"]] if text else list(targets)
         shapes = {name: tuple(find_parameter(components_of(pipe), name).shape) for name in names}
         changes = {name: LoraChange.sample(shape, generator=generator) for name, shape in shapes.items()}
         return Adapter(name=f"adapter{seed}", kind="lora", changes=changes)
 
     return make
+
+
+@pytest.fixture
+def target() -> dict[str, str]:
+    """Return names of parameters that the adapters change: "linear", "conv" and "text"."""
+    return TARGET
+
+
+@pytest.fixture
+def parameter() -> Callable[..., Any]:
+    """Return a function from a pipeline and a parameter's name to its value."""
+
+    def read(pipe: Any, name: str = TARGET["linear"]) -> Any:
+        from studio.adapters.parameters import components_of, find_parameter
+
+        return find_parameter(components_of(pipe), name).detach()
+
+    return read
+
+
+@pytest.fixture
+def summed(parameter: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function: the weight plus the weighted changes, summed in fp64 and rounded once."""
+
+    def add(pipe: Any, uses: Sequence[tuple[Any, float]], name: str = TARGET["linear"]) -> Any:
+        total = parameter(pipe, name).double()
+        for adapter, weight in uses:
+            change = adapter.changes[name]
+            scale = weight * change.alpha / change.down.shape[0]
+            product = change.up.double().flatten(1) @ change.down.double().flatten(1)
+            total = total + scale * product.reshape(total.shape)
+        return total
+
+    return add
+
+
+@pytest.fixture
+def watch(parameter: Callable[..., Any]) -> Callable[..., tuple[list[Any], Any]]:
+    """Return a function: a list that fills with a parameter's value at each denoiser call, and its hook."""
+
+    def start(pipe: Any, name: str = TARGET["linear"]) -> tuple[list[Any], Any]:
+        seen: list[Any] = []
+        return seen, pipe.unet.register_forward_hook(lambda *_: seen.append(parameter(pipe, name).clone()))
+
+    return start
 
 
 @pytest.fixture

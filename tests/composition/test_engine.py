@@ -13,36 +13,19 @@ from studio.adapters.parameters import components_of, find_parameter
 from studio.composition.engine import compose
 from studio.models.schedulers import make_scheduler
 
-MID = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
-TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
-
-
-def parameter(pipe: Any, name: str = MID) -> torch.Tensor:
-    return find_parameter(components_of(pipe), name).detach()
-
-
-def summed(pipe: Any, uses: list[tuple[Any, float]], name: str = MID) -> torch.Tensor:
-    """Return the weight plus the weighted changes, summed in fp64 and rounded once."""
-    total = parameter(pipe, name).double()
-    for adapter, weight in uses:
-        change = adapter.changes[name]
-        scale = weight * change.alpha / change.down.shape[0]
-        product = change.up.double().flatten(1) @ change.down.double().flatten(1)
-        total = total + scale * product.reshape(total.shape)
-    return total
-
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    "name", [MID, "unet.mid_block.resnets.0.conv1.weight", TEXT], ids=["linear", "conv", "text"]
-)
-def test_merge_of_two_equals_the_weighted_sum(name: str, tiny_sd: Any, make_adapter: Any) -> None:
+@pytest.mark.parametrize("place", ["linear", "conv", "text"])
+def test_merge_of_two_equals_the_weighted_sum(
+    place: str, tiny_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
+) -> None:
     pipe = tiny_sd()
     one, two = make_adapter(pipe, 1, text=True), make_adapter(pipe, 2, text=True)
+    name = target[place]
     wanted = summed(pipe, [(one, 0.8), (two, -0.3)], name)
     with compose(pipe, {"one": one, "two": two}, weights={"one": 0.8, "two": -0.3}):
         got = parameter(pipe, name).double()
@@ -96,17 +79,11 @@ def test_switch_with_one_adapter_equals_merge(tiny_sd: Any, make_adapter: Any, d
     assert torch.equal(*pictures)
 
 
-def watch(pipe: Any, name: str = MID) -> tuple[list[torch.Tensor], Any]:
-    """Return a list that fills with the parameter's value at each denoiser call, and the hook's handle."""
-    seen: list[torch.Tensor] = []
-    return seen, pipe.unet.register_forward_hook(lambda *_: seen.append(parameter(pipe, name).clone()))
-
-
 @pytest.mark.parametrize(
     ("solver", "calls"), [("ddim", "112211"), ("heun", "11112222111"), ("pndm", "1112211")]
 )
 def test_switch_puts_each_adapter_into_the_weights_at_its_turn(
-    solver: str, calls: str, tiny_sd: Any, make_adapter: Any, draw: Any
+    solver: str, calls: str, tiny_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
 ) -> None:
     pipe = tiny_sd()
     pipe.scheduler = make_scheduler(pipe, solver)
@@ -152,18 +129,24 @@ def test_weights_are_merged_again_only_when_the_weighting_changes(
 @pytest.mark.parametrize("method", ["merge", "switch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_everything_is_restored_bit_for_bit(
-    method: str, dtype: torch.dtype, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any
+    method: str, dtype: torch.dtype, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any
 ) -> None:
     pipe = tiny_sd().to(dtype)
     before, picture = snapshot(pipe), draw(pipe, steps=3)
-    pointers = {name: find_parameter(components_of(pipe), name).data_ptr() for name in (MID, TEXT)}
+    pointers = {
+        name: find_parameter(components_of(pipe), name).data_ptr()
+        for name in (target["linear"], target["text"])
+    }
     adapters = {"one": make_adapter(pipe, 1, text=True), "two": make_adapter(pipe, 2, text=True)}
     for _ in range(2):
         with compose(pipe, adapters, method=method, weights={"one": 0.9}, **switching(method)):
             draw(pipe, steps=3)
     assert_equal(before, snapshot(pipe))
     assert torch.equal(draw(pipe, steps=3), picture)
-    assert pointers == {name: find_parameter(components_of(pipe), name).data_ptr() for name in (MID, TEXT)}
+    assert pointers == {
+        name: find_parameter(components_of(pipe), name).data_ptr()
+        for name in (target["linear"], target["text"])
+    }
 
 
 def switching(method: str) -> dict[str, Any]:
@@ -172,7 +155,7 @@ def switching(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["merge", "switch"])
 def test_an_exception_in_mid_run_restores_everything(
-    method: str, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any
+    method: str, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any, parameter: Any
 ) -> None:
     pipe = tiny_sd()
     before = snapshot(pipe)
@@ -188,7 +171,9 @@ def test_an_exception_in_mid_run_restores_everything(
         pytest.raises(RuntimeError, match="the callback failed"),
         compose(pipe, adapters, method=method, **switching(method)),
     ):
-        assert not torch.equal(parameter(pipe, TEXT), before[TEXT.replace(".text_model", "")])
+        assert not torch.equal(
+            parameter(pipe, target["text"]), before[target["text"].replace(".text_model", "")]
+        )
         draw(pipe, steps=4, callback_on_step_end=fail)
     assert_equal(before, snapshot(pipe))
     assert not pipe.unet._forward_pre_hooks and not pipe.text_encoder._forward_pre_hooks
@@ -264,14 +249,14 @@ def test_two_pipelines_are_composed_side_by_side(
     ("policy", "spoken"), [("base", []), ("first", ["one"]), ("merged", ["one", "two"])], ids=str
 )
 def test_the_text_encoder_policy_of_switch_acts_on_the_text_encoder(
-    policy: str, spoken: list[str], tiny_sd: Any, make_adapter: Any
+    policy: str, spoken: list[str], tiny_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
 ) -> None:
     pipe = tiny_sd()
     adapters = {"one": make_adapter(pipe, 1, text=True), "two": make_adapter(pipe, 2, text=True)}
-    wanted = summed(pipe, [(adapters[name], 0.5) for name in spoken], TEXT)
+    wanted = summed(pipe, [(adapters[name], 0.5) for name in spoken], target["text"])
     options = {"text_encoder_policy": policy}
     with compose(pipe, adapters, method="switch", weights=dict.fromkeys(adapters, 0.5), options=options):
-        got = parameter(pipe, TEXT).double()
+        got = parameter(pipe, target["text"]).double()
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)  # one rounding to fp32
 
 
@@ -297,7 +282,7 @@ def test_a_prompt_encoded_before_is_said(
 
 
 def test_image_to_image_and_inpainting_on_the_same_components_are_composed(
-    tiny_sd: Any, make_adapter: Any, draw: Any
+    tiny_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
 ) -> None:
     pipe = tiny_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
@@ -321,7 +306,7 @@ def test_image_to_image_and_inpainting_on_the_same_components_are_composed(
 
 
 def test_sdxl_with_both_text_encoders_is_composed_and_restored(
-    tiny_sdxl: Any, make_adapter: Any, draw: Any, snapshot: Any
+    tiny_sdxl: Any, make_adapter: Any, draw: Any, snapshot: Any, parameter: Any, summed: Any
 ) -> None:
     pipe = tiny_sdxl()
     targets = (

@@ -7,35 +7,10 @@ import diffusers
 import pytest
 import torch
 
-from studio.adapters.parameters import components_of, find_parameter
 from studio.composition.engine import compose
 from studio.composition.methods.switch import Switch
 from studio.composition.plan import Branch, Plan, Step
 from studio.errors import AdapterError, CompositionError, UsageError
-
-MID = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
-TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
-
-
-def parameter(pipe: Any, name: str = MID) -> torch.Tensor:
-    return find_parameter(components_of(pipe), name).detach()
-
-
-def summed(pipe: Any, uses: list[tuple[Any, float]], name: str = MID) -> torch.Tensor:
-    """Return the weight plus the weighted changes, summed in fp64 and rounded once."""
-    total = parameter(pipe, name).double()
-    for adapter, weight in uses:
-        change = adapter.changes[name]
-        scale = weight * change.alpha / change.down.shape[0]
-        product = change.up.double().flatten(1) @ change.down.double().flatten(1)
-        total = total + scale * product.reshape(total.shape)
-    return total
-
-
-def watch(pipe: Any, name: str = MID) -> tuple[list[torch.Tensor], Any]:
-    """Return a list that fills with the parameter's value at each denoiser call, and the hook's handle."""
-    seen: list[torch.Tensor] = []
-    return seen, pipe.unet.register_forward_hook(lambda *_: seen.append(parameter(pipe, name).clone()))
 
 
 def test_a_second_composition_on_the_same_denoiser_is_refused(
@@ -68,7 +43,7 @@ def test_pipelines_that_share_a_composed_text_encoder_are_refused(tiny_sd: Any, 
 
 
 def test_switch_that_leaves_an_adapter_idle_is_refused_before_the_first_step(
-    tiny_sd: Any, make_adapter: Any, draw: Any
+    tiny_sd: Any, make_adapter: Any, draw: Any, watch: Any
 ) -> None:
     pipe = tiny_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
@@ -118,7 +93,7 @@ def test_weights_on_meta_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
 
 
 def test_an_adapter_of_another_architecture_is_refused_with_its_misfits(
-    tiny_sd: Any, tiny_sdxl: Any, make_adapter: Any
+    tiny_sd: Any, tiny_sdxl: Any, make_adapter: Any, target: Any
 ) -> None:
     names = ("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight", "unet.conv_in.weight")
     adapter = make_adapter(tiny_sdxl(), 1, targets=names)
@@ -126,12 +101,14 @@ def test_an_adapter_of_another_architecture_is_refused_with_its_misfits(
         AdapterError, match=r"'xl' does not fit the base model \(1 of 2 changes\): the base has no 'unet.up"
     ):
         compose(tiny_sd(), {"xl": adapter})
-    wrong = {MID: make_adapter(tiny_sd(), 1).changes["unet.mid_block.resnets.0.conv1.weight"]}
+    wrong = {target["linear"]: make_adapter(tiny_sd(), 1).changes["unet.mid_block.resnets.0.conv1.weight"]}
     with pytest.raises(AdapterError, match="is 32 x 128 in the base and 32 x 32 x 3 x 3 in the adapter"):
         compose(tiny_sd(), {"bad": replace(adapter, changes=wrong)})
 
 
-def test_a_linear_change_fits_a_one_by_one_convolution(tiny_sd: Any, make_adapter: Any) -> None:
+def test_a_linear_change_fits_a_one_by_one_convolution(
+    tiny_sd: Any, make_adapter: Any, parameter: Any
+) -> None:
     pipe = tiny_sd()
     name = "unet.mid_block.attentions.0.proj_in.weight"
     adapter = make_adapter(pipe, 1, targets=[name])
@@ -155,8 +132,6 @@ def test_wrong_names_and_weights_are_refused(tiny_sd: Any, make_adapter: Any) ->
         compose(pipe, adapters, method="switch", options={"switch_evry": 1})
     with pytest.raises(CompositionError, match="options were given beside a composer"):
         compose(pipe, adapters, method=Switch(), options={"switch_every": 1})
-    with pytest.raises(CompositionError, match="brings new tokens"):
-        compose(pipe, {"dog": replace(adapters["dog"], tokens={"<dog>": {}})})
 
 
 def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_step(
@@ -204,18 +179,20 @@ class Fixed:
         self.branches = branches
 
     def prepare(self, adapters: Any, weights: Any, base: Any = None, request: Any = None) -> Plan:
-        assert base.architecture == "sd1" and base.shapes[MID] == (32, 128)
+        assert base.architecture == "sd1" and base.shapes["unet.conv_in.weight"] == (32, 4, 3, 3)
         return FixedPlan(tuple(adapters), branches=self.branches, text_weights={})
 
 
-def test_a_composer_of_ones_own_may_weight_layers(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
+def test_a_composer_of_ones_own_may_weight_layers(
+    tiny_sd: Any, make_adapter: Any, draw: Any, target: Any, parameter: Any, summed: Any
+) -> None:
     pipe = tiny_sd()
     adapter = make_adapter(pipe, 1)
     conv = "unet.mid_block.resnets.0.conv1.weight"
     base, wanted = parameter(pipe, conv).clone(), summed(pipe, [(adapter, 0.5)])
     with compose(pipe, {"one": adapter}, method=Fixed(Branch({"one": {"unet.mid_block.attentions": 0.5}}))):
         draw(pipe, steps=1)
-        assert torch.allclose(parameter(pipe, MID).double(), wanted, atol=1e-5)
+        assert torch.allclose(parameter(pipe, target["linear"]).double(), wanted, atol=1e-5)
         assert torch.equal(parameter(pipe, conv), base)
     with (
         compose(pipe, {"one": adapter}, method=Fixed(Branch({"one": {"unet.mid": 1.0}}))),

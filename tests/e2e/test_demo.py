@@ -1,7 +1,8 @@
 """The main job on the shipped starter: an adapter of a subject it has never seen, measured by the evaluator.
 
 The goals: the new subject in at least 60 % of pictures prompted with its token, and in at most 10 % without
-the adapter. What it costs other subjects is measured by tests/benchmarks/bench_forgetting.py.
+the adapter; drawn in half the usual number of steps, which takes half the time. What it costs other subjects
+is measured by tests/benchmarks/bench_forgetting.py.
 """
 
 from collections.abc import Iterator
@@ -31,26 +32,30 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Iterator[DemoReport]:
-    yield run(tmp_path_factory.mktemp("demo"), count=4, on_event=events.append)
+    yield run(tmp_path_factory.mktemp("demo"), seeds=1, on_event=events.append)
 
 
-def _subjects(adapters: dict[str | Path, float]) -> list[str]:
-    results = generate_batch(PROMPTS, seeds=range(100, 104), adapters=adapters, batch_size=8)
-    return [verdict.subject for verdict in judge([result.image for result in results])]
+def _hits(adapters: dict[str | Path, float]) -> float:
+    """Return the share of pictures in which the evaluator finds the subject."""
+    drawn = generate_batch(PROMPTS, seeds=range(100, 103), adapters=adapters, batch_size=9, steps=12)
+    verdicts = judge([result.image for result in drawn])
+    return sum(verdict.subject == SUBJECT for verdict in verdicts) / len(verdicts)
 
 
 def test_the_demo_writes_what_it_promises(report: DemoReport, events: list[Event]) -> None:
     assert report.adapter.stat().st_size > 0 and report.diffusers_adapter.stat().st_size > 0
     assert Image.open(report.comparison).height == 3 * 128
     assert len([event for event in events if event.kind == "picture"]) == 2 * report.count
+    for label in ("drawing without", "drawing with"):
+        bar = [(event.step, event.total) for event in events if event.message == label]
+        total = 25 * report.count
+        assert bar == [(step, total) for step in range(1, total + 1)]
     assert f"{report.hits_with} of {report.count}" in "\n".join(report.lines())
 
 
 def test_the_adapter_draws_the_new_subject_and_the_base_does_not(report: DemoReport) -> None:
-    with_adapter = _subjects({report.adapter: 1.0}).count(SUBJECT) / 24
-    without = _subjects({}).count(SUBJECT) / 24
-    assert with_adapter >= 0.6, with_adapter
-    assert without <= 0.1, without
+    assert _hits({report.adapter: 1.0}) >= 0.6
+    assert _hits({}) <= 0.1
 
 
 @pytest.mark.parametrize("which", ["adapter", "diffusers_adapter"])
@@ -58,10 +63,10 @@ def test_plain_diffusers_draws_the_same_picture(report: DemoReport, which: str) 
     path: Path = getattr(report, which)
     ours = studio.load_base("starter", device="cpu", precision="fp32")
     with studio.compose(ours, {"robot": studio.load_adapter(path, base=ours)}):
-        wanted = draw(ours, PROMPTS[:2], seed=3, steps=8)
+        wanted = draw(ours, PROMPTS[:2], seed=3, steps=4)
     theirs = StableDiffusionPipeline.from_pretrained(starter_path(), torch_dtype=torch.float32)
     theirs.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
-    for one, other in zip(wanted, draw(theirs, PROMPTS[:2], seed=3, steps=8), strict=True):
+    for one, other in zip(wanted, draw(theirs, PROMPTS[:2], seed=3, steps=4), strict=True):
         difference = torch.tensor(list(one.tobytes())).int() - torch.tensor(list(other.tobytes())).int()
         assert difference.abs().max() <= 3  # of 255: merged and unmerged sums round differently in fp32
 

@@ -10,6 +10,7 @@ from PIL import Image
 import studio
 from studio import api
 from studio.errors import BaseModelError, OutputError, UsageError
+from studio.png import read_spec
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
 
 
@@ -124,8 +125,6 @@ def test_a_picture_makes_itself_again(tiny_base: str, trained: api.TrainResult, 
         width=72,
     )
     first = api.generate(spec)
-    from studio.png import read_spec
-
     again = read_spec(tmp_path / "first" / "0001-4.png").model_copy(update={"output": tmp_path / "again"})
     second = api.generate(again)
     assert len(second) == 1 and second[0].seed == 4
@@ -223,16 +222,29 @@ def test_a_batch_that_is_given_up_restores_the_base(tiny_base: str, trained: api
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_batch_writes_its_pictures_where_it_is_told_to(tiny_base: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    given: dict[str, Any] = {"seeds": [4, 9], "base": tiny_base, "steps": 1, "output": tmp_path / "out"}
+    results = list(studio.generate_batch(["a disc", "a box"], on_event=events.append, **given))
+    names = ["0000-4.png", "0001-9.png", "0002-4.png", "0003-9.png"]
+    assert [result.path for result in results] == [tmp_path / "out" / name for name in names]
+    assert [event.path for event in events if event.kind == "picture"] == [result.path for result in results]
+    assert [event.step for event in events if event.kind == "progress"] == [1, 2, 3, 4]
+    assert {event.total for event in events} == {4}
+    for result in results:
+        assert result.path
+        again = read_spec(result.path)
+        assert (again.prompt, again.seed) == (result.prompt, result.seed)
+    with pytest.raises(OutputError, match=r"0000-4.png' exists"):
+        studio.generate_batch(["a disc"], **given)
+    assert len(list(studio.generate_batch(["a disc"], overwrite=True, **given))) == 2
+
+
 def test_a_batch_checks_its_values_at_once() -> None:
     with pytest.raises(UsageError, match=r"steps: .*0"):
         studio.generate_batch(["x"], steps=0)
     with pytest.raises(UsageError, match="must be a list of texts"):
         studio.generate_batch("x")
-
-
-def test_adapters_of_the_same_name_get_names_of_their_own() -> None:
-    uses = [api.AdapterUse(path=Path(folder) / "dog.safetensors") for folder in "abc"]
-    assert api._names(uses) == ["dog", "dog-2", "dog-3"]
 
 
 def test_the_last_base_is_kept_and_only_that_one(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,3 +255,17 @@ def test_the_last_base_is_kept_and_only_that_one(tiny_base: str, monkeypatch: py
         api._cached_base(base, "auto", "auto")
     api._BASES.clear()
     assert loads == ["a", "b", "a"]
+
+
+def test_a_cache_on_disk_lies_in_the_workspace_unless_a_folder_is_given(
+    tiny_base: str, pictures: Path, tmp_path: Path
+) -> None:
+    from studio.workspace import workspace
+
+    kept = workspace().encoded
+    api.train(training(tiny_base, pictures, tmp_path / "a.safetensors", cache="disk"))
+    files = sorted(path.name for path in (kept / "latents").iterdir())
+    assert len(files) == 3
+    own = tmp_path / "own"
+    api.train(training(tiny_base, pictures, tmp_path / "b.safetensors", cache="disk", cache_folder=own))
+    assert sorted(path.name for path in (own / "latents").iterdir()) == files

@@ -48,6 +48,10 @@ def test_the_way_from_pictures_to_the_same_picture_again(
     assert f"{first / '0001-2.png'}\n" in capsys.readouterr().out
     picture = str(first / "0001-2.png")
     assert cli.main(["generate", "--from", picture, "--output", str(again)]) == 0
+    assert "not the expected one" not in capsys.readouterr().err
+    rounded = ["--output", str(tmp_path / "rounded"), "--precision", "bf16"]
+    assert cli.main(["generate", "--from", picture, *rounded]) == 0
+    assert f"base model '{tiny_base}' is not the expected one" in capsys.readouterr().err
     assert cli.main(["generate", "--from", picture, "--output", str(other), "--prompt", "a box"]) == 0
     same = np.asarray(Image.open(again / "0000-2.png"))
     assert np.array_equal(same, np.asarray(Image.open(picture)))
@@ -165,7 +169,7 @@ def test_a_stop_signal_saves_the_adapter_and_says_so_in_the_exit_code(
     assert process.returncode == cli.INTERRUPTED, rest.decode()
     assert output.is_file() and b"of 100000 steps" in out
     assert b"Traceback" not in seen + rest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "x.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "x-run", "x.safetensors"]
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

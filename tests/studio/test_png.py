@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from studio.specs import GenerateSpec, parse_spec
 FACTS = Facts(
     64, 48, sampler="DDIM", model="starter", model_hash="ab" * 32, adapter_hashes={"dog": "cd" * 32}
 )
+PLAIN = Facts(8, 8)
 
 
 def spec_of(**values: object) -> GenerateSpec:
@@ -58,14 +60,17 @@ def test_a_picture_gives_back_what_makes_it(tmp_path: Path, prompt: str) -> None
         prompt=prompt, adapters=["a/dog.safetensors:0.8"], method="switch", switch_every=3, steps=9
     )
     text = write_png(Image.new("RGB", (64, 48)), tmp_path / "x.png", spec, FACTS)
-    assert read_spec(tmp_path / "x.png") == spec
+    hashes = {"starter": "ab" * 32, "a/dog.safetensors": "cd" * 32}
+    assert read_spec(tmp_path / "x.png") == spec.model_copy(update={"expected_hashes": hashes})
     with Image.open(tmp_path / "x.png") as image:
         assert image.info["parameters"] == text == infotext(spec, FACTS)
 
 
 def test_output_and_machine_are_not_of_the_picture(tmp_path: Path) -> None:
-    spec = spec_of(output="elsewhere", overwrite=True, device="cuda:1", count=9, batch_size=4)
-    write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", spec, FACTS)
+    spec = spec_of(
+        output="elsewhere", overwrite=True, device="cuda:1", count=9, batch_size=4, expected_hashes={"x": "y"}
+    )
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", spec, PLAIN)
     assert read_spec(tmp_path / "x.png") == spec_of()
 
 
@@ -90,8 +95,13 @@ def test_a_picture_that_would_write_elsewhere_is_refused(tmp_path: Path) -> None
         ),
         (json.dumps({"format": FORMAT, "spec": {"prompt": "x", "steps": 10**9}}), "steps: "),
         (json.dumps({"format": FORMAT, "spec": {"prompt": "x" * 300_000}}), "at most 262144 are read"),
+        (json.dumps({"format": FORMAT, "spec": {"prompt": "x"}}), "facts: are not those of a picture"),
+        (
+            json.dumps({"format": FORMAT, "spec": {"prompt": "x"}, "facts": asdict(FACTS)}),
+            "facts: are not those of a picture with these settings",
+        ),
     ],
-    ids=["nothing", "json", "deep", "list", "version", "spec", "key", "value", "long"],
+    ids=["nothing", "json", "deep", "list", "version", "spec", "key", "value", "long", "bare", "other facts"],
 )
 def test_a_strangers_picture_gets_one_message(tmp_path: Path, text: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -3,8 +3,8 @@
 A document's blocks run in order, in one folder and with one set of names. What runs: blocks of ``python``; in
 blocks of ``console`` and ``sh`` the lines that start with ``studio`` (a ``$`` in front is fine). A block of
 ``toml NAME`` is written to the file NAME first. ``my_dog/`` is there from the start. Any block with
-``no-test`` beside its language is left out. Numbers of steps on the command line are cut down: the commands
-are tested, not the model.
+``no-test`` beside its language is left out. Numbers of steps and prompts on the command line are cut
+down: the commands are tested, not the model.
 """
 
 import re
@@ -24,7 +24,11 @@ from studio.models.base import starter_path
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
 BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-SHORT = {"train": ["--steps", "2"], "generate": ["--steps", "2"]}
+SHORT = {
+    "train": ["--steps", "2"],
+    "generate": ["--steps", "2"],
+    "probe": ["--pairs", "1", "--steps", "1"],
+}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from studio.specs import TrainSpec
+
+# Where the tests of SaRA find what they are compared with.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture
@@ -39,3 +44,32 @@ def spec(folder: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
         return TrainSpec.model_validate(given | values)
 
     return build
+
+
+def _full_size_unet(family: str) -> nn.Module:
+    """Return a UNet with real layer names and shapes and no weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        if family == "sd1":
+            return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+@pytest.fixture(scope="session")
+def full_size_unet() -> Callable[[str], nn.Module]:
+    """Return a function from a family ("sd1", "sdxl") to its UNet on the meta device."""
+    return _full_size_unet

@@ -43,3 +43,23 @@ def test_a_network_is_converted_for_a_block_only(tiny_sd: Callable[[], Any]) -> 
         p.data_ptr() == place and torch.equal(p, value)
         for p, (place, value) in zip(vae.parameters(), before, strict=True)
     )
+
+
+def test_sdxl_embeddings_are_the_same_before_in_and_after_every_loan(tiny_sdxl: Callable[[], Any]) -> None:
+    pipe, found = tiny_sdxl(), []
+
+    def encode() -> None:
+        with torch.no_grad():
+            found.append(pipe.encode_prompt("dog", device=CPU, do_classifier_free_guidance=False)[0])
+
+    for _ in range(2):
+        with borrowed(pipe, device=CPU, dtype=torch.float32):
+            encode()
+        encode()
+    assert all(torch.equal(embeddings, found[0]) for embeddings in found)
+    with torch.no_grad():
+        states = pipe.text_encoder(
+            pipe.tokenizer("dog", padding="max_length", max_length=77, return_tensors="pt").input_ids,
+            output_hidden_states=True,
+        ).hidden_states
+    assert len(states) == 3 and torch.equal(found[0][..., :32], states[-2])

@@ -1,8 +1,8 @@
 """The page: light, local, and back where it was after it is loaded again."""
 
 import os
-import subprocess
-import sys
+import queue
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,21 +15,14 @@ from PIL import Image
 
 from studio.errors import DataError, OutputError, SpecError, UsageError
 from studio.jobs import JobStore
+from studio.png import Facts, write_png
+from studio.specs import AdapterUse, GenerateSpec, parse_spec
 from studio.ui.app import build, serve
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
-from studio.ui.pictures import captioned, keep_uploads
+from studio.ui.pictures import captioned, clean_uploads, keep_uploads
 from studio.ui.train_tab import TrainTab
 from studio.workspace import Workspace, workspace
-
-LIGHT = """
-import sys
-from studio.ui.app import build
-page = build(sys.argv[1])
-heavy = [name for name in ("torch", "diffusers", "transformers", "studio.api") if name in sys.modules]
-assert not heavy, heavy
-"""
-SERVE = "from studio.ui.app import serve; serve(port=0, on_ready=lambda url: print(url, flush=True))"
 
 
 def quiet() -> str:
@@ -65,12 +58,6 @@ def weights(*given: float) -> list[float]:
     return [*given, *([1.0] * (8 - len(given)))]
 
 
-def test_the_page_is_built_without_torch(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", LIGHT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_page_tells_nobody_about_itself(tmp_path: Path) -> None:
     assert build(tmp_path).analytics_enabled is False
 
@@ -81,16 +68,19 @@ def test_only_this_machine_is_served(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve the page of ``tmp_path / "home"`` from a thread; its worker is not needed and not started."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr("studio.ui.app.Supervisor.start", lambda _: None)
     (tmp_path / "secret.txt").write_text("secret")
-    environment = os.environ | {"STUDIO_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-P", "-c", SERVE]
-    with subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout
-        yield server.stdout.readline().strip()
-        server.terminate()
+    ready: queue.Queue[str] = queue.Queue()
+    over = threading.Event()
+    arguments = {"port": 0, "home": tmp_path / "home", "on_ready": ready.put, "until": over}
+    page = threading.Thread(target=serve, kwargs=arguments)
+    page.start()
+    yield ready.get(timeout=60)
+    over.set()
+    page.join()
 
 
 def test_files_outside_the_workspace_and_the_queue_itself_are_not_served(
@@ -184,7 +174,7 @@ def test_adapters_and_weights_reach_the_specification(generate: GenerateTab, spa
     for name in ("a", "b"):
         (space.adapters / f"{name}.safetensors").write_bytes(b"")
     chosen = ["b.safetensors", "a.safetensors"]
-    request = generate.request(chosen, *weights(0.5, -0.25), *filled(generate))
+    request = generate.request({}, chosen, *weights(0.5, -0.25), *filled(generate))
     assert request["adapters"] == [
         {"path": str(space.adapters / "b.safetensors"), "weight": 0.5},
         {"path": str(space.adapters / "a.safetensors"), "weight": -0.25},
@@ -195,7 +185,30 @@ def test_adapters_and_weights_reach_the_specification(generate: GenerateTab, spa
 @pytest.mark.parametrize("name", ["gone.safetensors", "../../secret.safetensors"])
 def test_an_adapter_that_is_not_in_the_workspace_is_refused(generate: GenerateTab, name: str) -> None:
     with pytest.raises((UsageError, OutputError), match=r"there is no|outside the workspace"):
-        generate.request([name], *weights(), *filled(generate))
+        generate.request({}, [name], *weights(), *filled(generate))
+
+
+def test_the_hashes_of_a_restored_picture_go_along_with_the_request(
+    generate: GenerateTab, space: Workspace, tmp_path: Path
+) -> None:
+    adapter = space.adapters / "dog.safetensors"
+    adapter.write_bytes(b"")
+    spec = GenerateSpec(prompt="a sks dog", seed=8, adapters=(AdapterUse(path=adapter, weight=0.5),))
+    facts = Facts(8, 8, model_hash="ab" * 32, adapter_hashes={"dog": "cd" * 32})
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", spec, facts)
+
+    message, *updates = generate._restore_picture(str(tmp_path / "a.png"))
+    assert "Settings of a.png restored." in message
+    shown = dict(zip([id(output) for output in generate.request_outputs], updates, strict=True))
+    expected = shown[id(generate.expected)]
+    assert expected == {"starter": "ab" * 32, str(adapter): "cd" * 32}
+    request = generate.request(expected, ["dog.safetensors"], *weights(0.5), *filled(generate))
+    assert parse_spec(GenerateSpec, request).expected_hashes == expected
+    shown = dict(
+        zip([id(output) for output in generate.request_outputs], generate.show(request), strict=True)
+    )
+    assert shown[id(generate.expected)] == expected
+    assert generate.use(adapter, "a fox", "starter")[0] == {}
 
 
 def test_an_adapter_keeps_its_weight_when_another_is_taken_off(generate: GenerateTab) -> None:
@@ -211,6 +224,62 @@ def test_dropped_files_are_copied_into_a_set_of_their_own(space: Workspace, tmp_
     second = keep_uploads(space, [tmp_path / "a.png"])
     assert first != second and first.parent == second.parent == space.uploads
     assert captioned(first) == [(str(first / "a.png"), "a sks dog")]
+
+
+@pytest.fixture
+def uploads(space: Workspace) -> dict[str, Path]:
+    """Return places below the uploads, all of them very old."""
+    outside = space.root.parent / "outside"
+    places = {name: space.uploads / name for name in ("set-a", "set-b", "set-c", "example-robot", "mine")}
+    places |= {"hash": space.cache / "hash", "outside": outside}
+    for place in places.values():
+        place.mkdir(parents=True)
+        (place / "a.png").write_bytes(b"")
+    places |= {"link": space.uploads / "set-link", "file": space.cache / "file.png"}
+    places["link"].symlink_to(outside)
+    places["file"].write_bytes(b"")
+    for place in places.values():
+        os.utime(place, (0, 0), follow_symlinks=False)
+    return places
+
+
+def test_old_uploads_are_removed_and_nothing_else(space: Workspace, uploads: dict[str, Path]) -> None:
+    os.utime(uploads["set-c"])
+    removed = clean_uploads(space, in_use=[uploads["set-b"]])
+    assert sorted(removed) == sorted(uploads[name] for name in ("set-a", "hash", "link", "file"))
+    assert not any(os.path.lexists(place) for place in removed)
+    kept = ("set-b", "set-c", "example-robot", "mine", "outside")
+    assert all((uploads[name] / "a.png").is_file() for name in kept)
+
+
+def test_uploads_that_lie_outside_the_workspace_are_left_alone(
+    space: Workspace, uploads: dict[str, Path], tmp_path: Path
+) -> None:
+    space.uploads.rename(tmp_path / "elsewhere")
+    space.uploads.symlink_to(tmp_path / "elsewhere")
+    assert clean_uploads(space, in_use=[]) == []
+    assert (tmp_path / "elsewhere" / "set-a" / "a.png").is_file()
+
+
+def test_the_page_removes_old_uploads_but_those_of_the_newest_and_the_waiting_training_when_it_starts(
+    space: Workspace, uploads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(space.database)
+    waiting, done, newest = (
+        store.submit("train", {"data": uploads[name]}) for name in ("set-a", "set-b", "set-c")
+    )
+    store.cancel(done)
+    store.cancel(newest)
+    monkeypatch.setattr("studio.ui.app._launch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve(home=space.root)
+    assert [uploads[name].exists() for name in ("set-a", "set-b", "set-c", "hash")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert store.get(waiting).active
 
 
 def test_dropped_files_that_clash_or_show_nothing_are_refused(space: Workspace, tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ def test_a_failure_is_shown_as_text_and_never_as_markup(store: JobStore) -> None
     assert 'role="alert"' in shown and "&lt;script&gt;" in shown and "<script>" not in shown
 
 
+def test_what_is_said_on_the_way_is_shown_beside_the_state(store: JobStore) -> None:
+    number = started(store)
+    for index in range(5):
+        store.report(number, Event(kind="message", message=f"message <{index}>"))
+    shown = status(latest(store))
+    assert [f"message &lt;{index}&gt;" in shown for index in range(5)] == [False, False, True, True, True]
+    assert latest(store).lines == [f"message <{index}>" for index in range(5)]
+    assert 'role="status"' in shown and 'role="alert"' not in shown
+    store.fail(number, "broken")
+    assert 'role="alert"' in status(latest(store)) and "message &lt;4&gt;" in status(latest(store))
+
+
 def test_the_adapter_and_the_report_are_kept(store: JobStore, tmp_path: Path) -> None:
     number = started(store)
     store.report(number, Event(kind="report", message="5 pictures"))

@@ -68,6 +68,19 @@ def test_what_the_user_changes_reaches_the_specification() -> None:
     assert spec.options.rank == 3  # type: ignore[attr-defined]
 
 
+def test_a_table_is_written_line_by_line() -> None:
+    form = whole_form(GenerateSpec)
+    table = next(field for field in form.fields if field.name == "expected_hashes")
+    hashes = {"starter": "ab", "a=b.safetensors": "cd"}
+    assert table.write(hashes) == "starter = ab\na=b.safetensors = cd"
+    assert table.read(" starter =ab\n\n a=b.safetensors = cd") == hashes
+    assert table.read("starter") == {"starter": ""} and table.read("") == {}
+    ranks = next(field for field in whole_form(TrainSpec).fields if field.name == "block_ranks")
+    request = REQUIRED[TrainSpec] | {"block_ranks": ranks.read("up_blocks.1 = 4\ndown_blocks")}
+    with pytest.raises(SpecError, match=r"block_ranks\.down_blocks: Input should be a valid integer"):
+        parse_spec(TrainSpec, request)
+
+
 def test_wrong_values_are_reported_by_the_specification_not_corrected() -> None:
     form = whole_form(TrainSpec)
     request = form.read(values(form, **REQUIRED[TrainSpec], steps=2.5, rank=0, resolution="big"))
@@ -103,7 +116,12 @@ def test_start_values_stand_in_the_form_when_it_opens() -> None:
 
 @pytest.mark.parametrize(
     ("name", "written"),
-    [("min_snr_gamma", "Min SNR gamma"), ("steps", "Steps"), ("max_grad_norm", "Max gradient norm")],
+    [
+        ("min_snr_gamma", "Min SNR gamma"),
+        ("steps", "Steps"),
+        ("max_grad_norm", "Max gradient norm"),
+        ("rslora", "rsLoRA"),
+    ],
 )
 def test_labels_are_words(name: str, written: str) -> None:
     assert label(name) == written

@@ -23,24 +23,17 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
     supervisor.start()
     wait_for(lambda: supervisor.process)
     yield supervisor
-    supervisor.close(patience=0.5)
+    supervisor.close(patience=0)
 
 
-def test_a_worker_that_dies_is_started_again_and_the_page_says_so(supervisor: Supervisor) -> None:
+def test_a_worker_that_dies_is_started_again_and_goes_with_the_page(supervisor: Supervisor) -> None:
     first = supervisor.process
     assert first is not None
+    assert supervisor.trouble() == ""
     first.kill()
     wait_for(lambda: supervisor.process is not first)
     assert "ended unexpectedly (code -9)" in supervisor.trouble()
-    assert supervisor.process is not None and supervisor.process.poll() is None
-
-
-def test_closing_takes_the_worker_along(tmp_path: Path) -> None:
-    supervisor = Supervisor(workspace(tmp_path / "home"))
-    supervisor.start()
-    wait_for(lambda: supervisor.process)
-    process = supervisor.process
-    assert process is not None
-    assert supervisor.trouble() == ""
-    supervisor.close(patience=30)
-    assert process.poll() is not None
+    second = supervisor.process
+    assert second is not None and second.poll() is None
+    supervisor.close(patience=60)
+    assert second.poll() == 0
