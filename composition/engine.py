@@ -17,11 +17,12 @@ from torch import nn
 from studio.adapters.adapter import Adapter, Change
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import canonical_names, components_of
-from studio.composition.fit import check_pipeline, check_weights, claim, fit_adapters
+from studio.composition.fit import check_pipeline, check_weights, claim, fit_adapters, tokens_of
 from studio.composition.plan import BaseInfo, Branch, Composer, LayerWeights, Plan, PlanRow, Step, covers
 from studio.composition.position import Position
 from studio.errors import CompositionError
 from studio.models.architecture import architecture
+from studio.models.tokens import AddedTokens, tokenizer_of
 from studio.registry import COMPOSERS
 from studio.specs import Options, parse_spec
 
@@ -39,20 +40,21 @@ def compose(
     """Return a context manager inside which ``pipe`` draws with the adapters.
 
     Inside, call the pipeline as ever; each call starts from the plan's first step. On exit, also by an
-    exception, every parameter is bit for bit what it was.
+    exception, every parameter is bit for bit what it was. New tokens that adapters bring are known inside
+    and act where a prompt names them.
 
     Args:
         pipe: A diffusers pipeline of SD 1.x, SD 2.x or SDXL.
         adapters: Adapters by the names that weights and options use.
         method: Name of a composition method, or one with its options set.
-        weights: Weight per adapter; 1 where not given.
+        weights: Weight per adapter; 1 where not given. It is that of an adapter's changes: tokens have none.
         options: Options of the method, when it is given by name.
 
     Raises:
         CompositionError: If the pipeline has live peft layers, fused projections or offloaded weights, or an
             adapter cannot be used.
         AdapterError: If an adapter does not fit the base model.
-        UsageError: If the method or one of its options does not exist.
+        UsageError: If the method or one of its options does not exist, or a token exists already.
 
     Example:
         with studio.compose(pipe, {"dog": dog}, weights={"dog": 0.8}):
@@ -62,9 +64,13 @@ def compose(
     check_pipeline(components)
     all_weights = check_weights(adapters, weights or {})
     base = BaseInfo(architecture(pipe), canonical_names(components))
-    fitted = fit_adapters(adapters, base.shapes)
-    plan = _composer(method, options).prepare(fitted, all_weights, base)
-    return Composition(pipe, components, fitted, plan)
+    tokens = tokens_of(adapters, all_weights)
+    # A token acts whenever the prompt names it, so it takes no part in the plan.
+    acting = {name: adapter for name, adapter in adapters.items() if adapter.changes or not adapter.tokens}
+    fitted = fit_adapters(acting, base.shapes)
+    weighted = {name: all_weights[name] for name in acting}
+    plan = _composer(method, options).prepare(fitted, weighted, base)
+    return Composition(pipe, components, fitted, plan, AddedTokens(pipe, tokens) if tokens else None)
 
 
 class Composition:
@@ -75,12 +81,18 @@ class Composition:
     """
 
     def __init__(
-        self, pipe: Any, components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], plan: Plan
+        self,
+        pipe: Any,
+        components: Mapping[str, nn.Module],
+        adapters: Mapping[str, Adapter],
+        plan: Plan,
+        tokens: AddedTokens | None,
     ) -> None:
         self.plan = plan
         self._pipe = pipe
         self._components = components
         self._adapters = adapters
+        self._tokens = tokens
         self._text_branch = Branch({name: weight for name, weight in plan.text_weights.items() if weight})
         self._checked: object = None
         self._speaks = self._encoded = False
@@ -98,13 +110,17 @@ class Composition:
             )
         self._acting, self._checked, self._encoded = None, None, False
         spoken = _collect(self._adapters, self._text_branch, of_denoiser=False)
-        encoders = sorted({name.split(".", 1)[0] for name in spoken})
+        taught = set(self._tokens.embeddings) if self._tokens is not None else set()
+        encoders = sorted({name.split(".", 1)[0] for name in spoken} | taught)
         self._speaks = bool(encoders)
         changed = {name for adapter in self._adapters.values() for name in adapter.changes}
         self._position = Position(self._pipe.scheduler, self._pipe)
         with ExitStack() as stack:
             touched = [self._components[name] for name in ("unet", *encoders)]
+            touched += [tokenizer_of(self._pipe, name) for name in sorted(taught)]
             stack.enter_context(claim([*touched, self._pipe.scheduler]))
+            if self._tokens is not None:
+                stack.enter_context(self._tokens)
             # Two banks: the encoders' weights stay while the denoiser's may change at every step.
             stack.enter_context(WeightBank(self._components, spoken)).apply(spoken)
             self._bank = stack.enter_context(

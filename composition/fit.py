@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any, cast
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter, Change, KindOfChange
 from studio.errors import AdapterError, CompositionError, UsageError
@@ -83,6 +83,31 @@ def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float])
     return {name: float(weights.get(name, 1.0)) for name in adapters}
 
 
+def tokens_of(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float]
+) -> dict[str, Mapping[str, Tensor]]:
+    """Return all new tokens that adapters bring.
+
+    Raises:
+        UsageError: If an adapter that is a token only is given a weight.
+        CompositionError: If two adapters bring the same token.
+    """
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for name, adapter in adapters.items():
+        if adapter.tokens and not adapter.changes and weights[name] != 1:
+            raise UsageError(
+                f"weights: '{name}' is the token {', '.join(adapter.tokens)}, which has no strength: it acts "
+                f"where the prompt names it. Give it weight 1 or leave it out, got {weights[name]:g}."
+            )
+        if both := found.keys() & adapter.tokens.keys():
+            raise CompositionError(
+                f"'{name}' brings the token {', '.join(sorted(both))}, as another adapter does. Use one of "
+                "them, or train it anew with another token."
+            )
+        found |= adapter.tokens
+    return found
+
+
 def fit_adapters(
     adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Adapter]:
@@ -92,15 +117,7 @@ def fit_adapters(
 
     Raises:
         AdapterError: If an adapter changes what the base does not have, or in another shape.
-        CompositionError: If an adapter brings tokens.
     """
-    for name, adapter in adapters.items():
-        if adapter.tokens:
-            raise CompositionError(
-                f"'{name}' brings new tokens ({', '.join(adapter.tokens)}), which compose() does not add to "
-                "the tokenizer. Load them by pipe.load_textual_inversion() and compose the adapter without "
-                "them."
-            )
     return {name: _fitted(name, adapter, shapes) for name, adapter in adapters.items()}
 
 

@@ -83,6 +83,25 @@ class Format(Protocol):
         """Say whether a file with those tensor keys is of this format."""
         ...
 
+    def write(
+        self, adapter: Adapter, *, family: str | None, names: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the tensors to write by key, and the alpha that they are written with.
+
+        Args:
+            adapter: What to write.
+            family: "sd1", "sd2", "sdxl" or None: whose names to use.
+            names: Names and shapes of the base's parameters; empty where the base is not known.
+
+        Raises:
+            ValueError: If the adapter cannot be written in this format.
+        """
+        ...
+
+
+class ChangeFormat(Format, Protocol):
+    """A format of changes, which is all of them but the one for tokens."""
+
     def split(self, key: str) -> tuple[str, str] | None:
         """Return the file's name of the module and the part in kohya's spelling; None for other keys."""
         ...
@@ -101,21 +120,6 @@ class Format(Protocol):
         """
         ...
 
-    def write(
-        self, adapter: Adapter, *, family: str | None, names: Mapping[str, tuple[int, ...]]
-    ) -> tuple[dict[str, Tensor], float]:
-        """Return the tensors to write by key, and the alpha that they are written with.
-
-        Args:
-            adapter: What to write.
-            family: "sd1", "sd2", "sdxl" or None: whose names to use.
-            names: Names and shapes of the base's parameters; empty where the base is not known.
-
-        Raises:
-            ValueError: If a change cannot be written in this format.
-        """
-        ...
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -123,7 +127,8 @@ class Adapter:
 
     Attributes:
         name: For messages and weights; usually the file's stem.
-        kind: Name in the registry of adapter kinds ("lora").
+        kind: Name in the registry of adapter kinds ("lora"), or "textual-inversion" where there are tokens
+            only.
         changes: From parameter name to change. A parameter is named by the pipeline's component and the
             parameter's own name in canonical spelling: ``unet.mid_block.attentions.0.proj_in.weight``,
             ``text_encoder.text_model.encoder.layers.0.mlp.fc1.weight`` (always with ``text_model.``).

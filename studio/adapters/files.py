@@ -8,9 +8,10 @@ import safetensors
 import torch
 from torch import Tensor
 
-from studio.adapters.adapter import Adapter, Change, Format, KindOfChange
+from studio.adapters.adapter import Adapter, Change, ChangeFormat, KindOfChange
 from studio.adapters.container import check_target, write_file
 from studio.adapters.families import family_of, label, naming_family
+from studio.adapters.formats.embedding import TOKEN, Embedding
 from studio.adapters.header import Header, read_header
 from studio.adapters.kinds.full import FullChange
 from studio.adapters.kinds.sparse import SparseChange
@@ -19,6 +20,7 @@ from studio.adapters.names import reference_names
 from studio.adapters.origin import check_origin
 from studio.adapters.parameters import canonical_names, components_of
 from studio.errors import AdapterError, UsageError
+from studio.models.tokens import check_embeddings
 from studio.registry import FORMATS, KINDS
 
 __all__ = ["detect_format", "load_adapter", "read_header", "save_adapter"]
@@ -44,7 +46,16 @@ def load_adapter(
     """
     path = Path(path)
     header = read_header(path)
-    form: Format = FORMATS[detect_format(header, path.name)]
+    form = FORMATS[detect_format(header, path.name)]
+    if isinstance(form, Embedding):
+        return _token(form, header, path, base=base, name=name)
+    return _changes(form, header, path, base=base, name=name, any_base=any_base)
+
+
+def _changes(
+    form: ChangeFormat, header: Header, path: Path, *, base: Any | None, name: str | None, any_base: bool
+) -> Adapter:
+    """Return the adapter in a file of changes."""
     if form.bound_to_base and base is not None and not any_base:
         check_origin(header.metadata, base, file=path.name)
     modules = _modules(form, header, path.name)
@@ -76,6 +87,18 @@ def load_adapter(
     )
 
 
+def _token(form: Embedding, header: Header, path: Path, *, base: Any | None, name: str | None) -> Adapter:
+    """Return the adapter in a file of one token."""
+    try:
+        token, rows = form.read(_tensors(path), header.metadata, stem=path.stem)
+    except ValueError as error:
+        raise AdapterError(f"{path.name} is no embedding: {error}. Download or export it again.") from None
+    tokens = {token: {component: tensor.float() for component, tensor in rows.items()}}
+    if base is not None:
+        check_embeddings(base, tokens)
+    return Adapter(name or path.stem, "textual-inversion", {}, tokens, header.metadata)
+
+
 def detect_format(header: Header, file: str) -> str:
     """Return the name of the registered format of a file with that header.
 
@@ -87,7 +110,7 @@ def detect_format(header: Header, file: str) -> str:
             return name
     raise AdapterError(
         f"{file} is of no known adapter format ({', '.join(FORMATS.names())}): it holds "
-        f"{_listed(list(header.tensors))}. Choose an adapter file, not a whole model or an embedding."
+        f"{_listed(list(header.tensors))}. Choose an adapter file, not a whole model."
     )
 
 
@@ -108,9 +131,9 @@ def save_adapter(
             are named.
         path: Ends in .safetensors; folders on the way are made.
         format: A registered format: "kohya" (other tools), "diffusers" (``load_lora_weights``), "sara" (our
-            own, for sparse changes).
-        dtype: Of the tensors: float16, bfloat16 or float32; by default float16, and float32 where a change is
-            dense or sparse, since float16 rounds entries below 1e-7 to nothing.
+            own, for sparse changes), "embedding" (for one new token).
+        dtype: Of the tensors: float16, bfloat16 or float32; by default float16, and float32 for tokens and
+            where a change is dense or sparse, since float16 rounds entries below 1e-7 to nothing.
         metadata: Further text entries; they win over the adapter's.
         base: The pipeline it is for; wanted where the changes alone do not tell what a file must say.
         overwrite: Replace the file if there is one.
@@ -122,18 +145,19 @@ def save_adapter(
     """
     path, form = Path(path), FORMATS[format]
     if dtype is None:
-        direct = any(isinstance(change, FullChange | SparseChange) for change in adapter.changes.values())
-        dtype = torch.float32 if direct else torch.float16
+        exact = any(isinstance(change, FullChange | SparseChange) for change in adapter.changes.values())
+        dtype = torch.float32 if exact or adapter.tokens else torch.float16
     if dtype not in _DTYPES:
         raise UsageError(f"adapters are written as float16, bfloat16 or float32, got {dtype}.")
     check_target(path, overwrite=overwrite)
-    if not adapter.changes:
+    if not adapter.changes and not adapter.tokens:
         raise AdapterError(
             f"adapter '{adapter.name}' changes nothing, so there is nothing to write. Train or load it first."
         )
-    if adapter.tokens:
+    if adapter.tokens and not isinstance(form, Embedding):
         raise AdapterError(
-            f"{format} files cannot hold the new tokens of '{adapter.name}'. Save them as an embedding."
+            f"{format} files cannot hold the new tokens of '{adapter.name}'. Save each by itself in the "
+            "format 'embedding'."
         )
     given = dict(metadata or {})
     if wrong := [key for key, value in {**adapter.metadata, **given}.items() if not isinstance(value, str)]:
@@ -141,6 +165,9 @@ def save_adapter(
             f"metadata must be text, {_listed(wrong)} is not. Convert it, nested values to JSON."
         )
     shapes = {name: change.shape for name, change in adapter.changes.items()}
+    for token, rows in adapter.tokens.items():
+        given.setdefault(TOKEN, token)
+        shapes |= {f"{component}.{token}": tuple(tensor.shape) for component, tensor in rows.items()}
     family = naming_family(shapes, {**adapter.metadata, **given})
     try:
         names = {} if base is None else canonical_names(components_of(base))
@@ -159,7 +186,7 @@ def save_adapter(
     return path
 
 
-def _modules(form: Format, header: Header, file: str) -> dict[str, dict[str, str]]:
+def _modules(form: ChangeFormat, header: Header, file: str) -> dict[str, dict[str, str]]:
     """Return the file's keys by module and part."""
     modules: dict[str, dict[str, str]] = {}
     strays, twice = [], []
@@ -202,7 +229,7 @@ def _kind(parts: Mapping[str, str], file: str) -> str:
     )
 
 
-def _reference(form: Format, header: Header, modules: Collection[str]) -> Names:
+def _reference(form: ChangeFormat, header: Header, modules: Collection[str]) -> Names:
     """Return the names of the first family with a place for every module, beginning with the likeliest."""
     shapes = {key: shape for key, (_, shape) in header.tensors.items()}
     likeliest = naming_family(shapes, header.metadata) or "sd1"
@@ -246,7 +273,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _completed(
-    form: Format,
+    form: ChangeFormat,
     header: Header,
     modules: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],

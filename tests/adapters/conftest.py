@@ -22,7 +22,7 @@ _NO_TARGETS = (
 # Kinds that change parameters of any number of axes, so biases and norms too.
 _ANY_PARAMETER = ("full", "sparse")
 # What kinds each format holds; a format that is not named holds all.
-_HOLDS = {"diffusers": ("lora", "dora"), "sara": ("sparse",)}
+_HOLDS = {"diffusers": ("lora", "dora"), "sara": ("sparse",), "embedding": ()}
 # Kinds that a format writes as another one.
 _WRITTEN_AS = {("sparse", "kohya"): "full"}
 

@@ -1,0 +1,102 @@
+"""Full fine-tuning: every number of the chosen layers learns. The classic baseline, as in DreamBooth.
+
+arXiv:2208.12242 trains the whole UNet; Custom Diffusion, arXiv:2212.04488, only the keys and values of
+cross-attention: ``blocks = ["attn2.to_k", "attn2.to_v"]``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from studio.registry import TRAINERS
+from studio.specs.base import Options
+from studio.specs.train import TrainSpec
+from studio.trainers.base import ParameterGroup, Trainer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from studio.adapters.adapter import Adapter
+    from studio.trainers.full_parameters import FullParameters
+
+
+class FullOptions(Options):
+    """Options of the method ``full``."""
+
+    blocks: tuple[str, ...] = Field(
+        (),
+        description="Layers that learn: parts of their names, such as 'up_blocks.1' or 'attn2.to_k'; "
+        "default: all of them.",
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Layers left out: parts of their names, such as 'down_blocks.0' or 'attn1'."
+    )
+    train_text_encoder: bool = Field(False, description="Also train the layers of the text encoder(s).")
+
+
+@TRAINERS.register("full")
+class Full(Trainer):
+    """Trainer of the base's own weights, in fp32 copies that stand in their places."""
+
+    Options = FullOptions
+
+    def __init__(self) -> None:
+        self._parameters: FullParameters | None = None
+
+    @classmethod
+    def learning_rate(cls, spec: TrainSpec) -> float:
+        """Return 1e-5, between DreamBooth's 5e-6 and what AdamW bears with a few hundred steps.
+
+        It moves every weight by about that much a step, whatever the gradient's size, and trained weights
+        are of the order of 1e-2.
+        """
+        return 1e-5
+
+    @property
+    def aside(self) -> int:
+        """Bytes of the base's own weights in whose places the copies stand."""
+        return 0 if self._parameters is None else self._parameters.aside
+
+    def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
+        """Put the copies in place and return them by component.
+
+        Raises:
+            TrainingError: If the pipeline has layers of peft, a part of a name matches nothing, or nothing is
+                left to train.
+        """
+        from studio.trainers.full_parameters import FullParameters
+
+        options = spec.options
+        assert isinstance(options, FullOptions)
+        self._parameters = FullParameters(
+            pipe, blocks=options.blocks, exclude=options.exclude, text_encoders=options.train_text_encoder
+        )
+        return self._parameters.groups(spec)
+
+    @property
+    def parameters(self) -> "FullParameters":
+        """What is trained, once the method is prepared."""
+        assert self._parameters is not None
+        return self._parameters
+
+    def export(self) -> "Adapter":
+        """Return the differences as they are now."""
+        from studio.adapters.adapter import Adapter
+
+        return Adapter(name="full", kind="full", changes=self.parameters.changes())
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Return a context with the base's own weights."""
+        self.parameters.detach()
+        try:
+            yield
+        finally:
+            self.parameters.attach()
+
+    def release(self) -> None:
+        """Put the base's own weights back, the same tensors; may be called at any time."""
+        if self._parameters is not None:
+            self._parameters.detach()
