@@ -110,7 +110,7 @@ def test_help_shows_descriptions_defaults_and_choices(capsys: pytest.CaptureFixt
         read(TrainSpec, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "Optimizer steps. [300]" in text
-    assert "--schedule {constant,cosine,linear}" in text
+    assert "--schedule {constant,cosine,restarts,linear,polynomial}" in text
     assert "options of the training method 'lora'" in text
     for name in (*TrainSpec.model_fields, "rank"):
         assert name == "options" or "--" + name.replace("_", "-") in text

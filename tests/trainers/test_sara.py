@@ -97,9 +97,9 @@ def test_the_same_spec_gives_the_same_adapter_with_samples_or_without(tiny_sd: B
         return [Image.new("RGB", (8, 8)) for _ in prompts]
 
     first = train(pipe, run(steps=4))
-    again = train(pipe, run(steps=4, sample_every=1, save_every=1), sample=draw)
+    again = train(pipe, run(steps=4, sample_every=1, save_every=1, overwrite=True), sample=draw)
     assert same(first, again) and len(plain) >= 4 and all(plain)
-    assert not same(first, train(pipe, run(steps=4, seed=1)))
+    assert not same(first, train(pipe, run(steps=4, seed=1, overwrite=True)))
 
 
 def test_accumulating_two_equals_a_batch_of_two(tiny_sd: Base, run: Spec) -> None:
@@ -182,7 +182,7 @@ def test_the_base_comes_back_after_an_exception_and_after_a_sample_that_fails(
     with given_back(pipe), pytest.raises(RuntimeError, match="from outside"):
         train(
             pipe,
-            run(steps=3, sample_every=1),
+            run(steps=3, sample_every=1, overwrite=True),
             sample=lambda pipe, adapter, prompts, seeds: draw(adapter, prompts),
         )
 
