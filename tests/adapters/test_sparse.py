@@ -188,7 +188,7 @@ def test_own_file_brings_back_every_index_and_value(
     for name, change in adapter.changes.items():
         back = again.changes[name]
         assert isinstance(change, SparseChange) and isinstance(back, SparseChange)
-        assert torch.equal(back.indices, change.indices) and back.size == change.size
+        assert torch.equal(back.indices, change.indices) and back.shape == change.shape
         assert torch.equal(back.values, change.values.to(dtype))
 
 

@@ -62,5 +62,5 @@ class Loha(LayerMethod):
 
         factors = {name.removeprefix("hada_"): copied(own) for name, own in self.parameters(layer).items()}
         return LohaChange(
-            **factors, scale=layer.scaling[PEFT_NAME], size=tuple(layer.base_layer.weight.shape)
+            **factors, scale=layer.scaling[PEFT_NAME], shape=tuple(layer.base_layer.weight.shape)
         )

@@ -33,7 +33,7 @@ class LohaChange:
         w2_a: See ``w1_a``.
         w2_b: See ``w1_b``.
         scale: The product is multiplied by this, in files alpha / rank.
-        size: Shape of the weight; ``[out, in * kh * kw]`` as long as no base tells the kernel.
+        shape: Shape of the weight; ``[out, in * kh * kw]`` as long as no base tells the kernel.
     """
 
     w1_a: Tensor
@@ -41,7 +41,7 @@ class LohaChange:
     w2_a: Tensor
     w2_b: Tensor
     scale: float
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
 
     required: ClassVar[frozenset[str]] = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     optional: ClassVar[frozenset[str]] = frozenset({"hada_t1", "hada_t2", "alpha"})
@@ -50,11 +50,6 @@ class LohaChange:
     def rank(self) -> int:
         """Inner dimension of each of the two products."""
         return self.w1_b.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that it changes."""
-        return self.size
 
     @property
     def alpha(self) -> None:
@@ -116,7 +111,7 @@ class LohaChange:
         """Return the change for that weight, whose kernel the factors hold flattened."""
         if len(shape) not in (2, 4) or (shape[0], math.prod(shape[1:])) != self._flat:
             return None
-        return replace(self, size=shape)
+        return replace(self, shape=shape)
 
     @property
     def _flat(self) -> tuple[int, int]:

@@ -36,13 +36,13 @@ class LokrChange:
         first: ``w1`` ``[a, c]``.
         second: ``w2`` ``[b, d]`` or ``[b, d, kh, kw]``; as a product always ``[b, d * kh * kw]``.
         scale: The product is multiplied by this.
-        size: Shape of the weight; ``[out, in * kh * kw]`` as long as no base tells the kernel of a product.
+        shape: Shape of the weight; ``[out, in * kh * kw]`` as long as no base tells the kernel of a product.
     """
 
     first: Factor
     second: Factor
     scale: float
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
 
     required: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset(
@@ -54,11 +54,6 @@ class LokrChange:
         """Inner dimension of the factors that are products; None if both are whole."""
         ranks = [factor[1].shape[0] for factor in (self.first, self.second) if len(factor) == 2]
         return ranks[0] if ranks else None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that it changes."""
-        return self.size
 
     @property
     def alpha(self) -> None:
@@ -122,11 +117,11 @@ class LokrChange:
         """Return the change for that weight; linear layers and 1x1 convolutions stand for each other."""
         if len(self.second) == 1:
             whole = self.second[0]
-            if not interchangeable(shape, self.size):
+            if not interchangeable(shape, self.shape):
                 return None
-            return replace(self, second=(whole.reshape(*whole.shape[:2], *shape[2:]),), size=shape)
-        same = (shape[:1], math.prod(shape[1:])) == (self.size[:1], math.prod(self.size[1:]))
-        return replace(self, size=shape) if same and len(shape) in (2, 4) else None
+            return replace(self, second=(whole.reshape(*whole.shape[:2], *shape[2:]),), shape=shape)
+        same = (shape[:1], math.prod(shape[1:])) == (self.shape[:1], math.prod(self.shape[1:]))
+        return replace(self, shape=shape) if same and len(shape) in (2, 4) else None
 
     @classmethod
     def sample(cls, shape: tuple[int, ...], *, generator: torch.Generator) -> LokrChange:

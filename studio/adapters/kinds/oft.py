@@ -31,20 +31,15 @@ class OftChange:
     Attributes:
         blocks: ``B``, ``[blocks, side, side]``; blocks times side is the number of outputs.
         rescale: ``s``, ``[out]``, or None.
-        size: Shape of the weight; ``[out]`` as long as no base tells the rest.
+        shape: Shape of the weight; ``[out]`` as long as no base tells the rest.
     """
 
     blocks: Tensor
     rescale: Tensor | None
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
 
     required: ClassVar[frozenset[str]] = frozenset({"oft_blocks"})
     optional: ClassVar[frozenset[str]] = frozenset({"rescale", "alpha"})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that it changes."""
-        return self.size
 
     @property
     def alpha(self) -> None:
@@ -105,13 +100,13 @@ class OftChange:
 
         parts = {"oft_blocks": self.blocks, "alpha": torch.tensor(0.0)}
         if self.rescale is not None:
-            parts["rescale"] = self.rescale.reshape(-1, *(1 for _ in self.size[1:]))
+            parts["rescale"] = self.rescale.reshape(-1, *(1 for _ in self.shape[1:]))
         return parts
 
     def fitted(self, shape: tuple[int, ...]) -> OftChange | None:
         """Return the change for that weight: it fits all with as many outputs."""
-        fits = shape == self.size or (len(shape) in (2, 4) and shape[0] == self.size[0])
-        return replace(self, size=shape) if fits else None
+        fits = shape == self.shape or (len(shape) in (2, 4) and shape[0] == self.shape[0])
+        return replace(self, shape=shape) if fits else None
 
     @classmethod
     def sample(cls, shape: tuple[int, ...], *, generator: torch.Generator) -> OftChange:

@@ -37,7 +37,7 @@ class SparseChange:
         indices: Positions in the flattened parameter (row-major), int32 ``[n]``, ascending, none twice.
         values: What is added there at weight 1 (value after minus value before), floating ``[n]``, on the
             device of the indices.
-        size: Shape of the parameter.
+        shape: Shape of the parameter.
 
     Raises:
         ValueError: If these do not fit each other; the text says what, got and wanted.
@@ -45,7 +45,7 @@ class SparseChange:
 
     indices: Tensor
     values: Tensor
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
 
     required: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset(
@@ -56,10 +56,10 @@ class SparseChange:
         import torch
 
         indices, values = self.indices, self.values
-        if not self.size or any(side < 1 for side in self.size):
-            raise ValueError(f"{list(self.size)} is the shape of no parameter")
-        if math.prod(self.size) > _MOST_ENTRIES:
-            raise ValueError(f"a parameter of shape {list(self.size)} has more than {_MOST_ENTRIES} entries")
+        if not self.shape or any(side < 1 for side in self.shape):
+            raise ValueError(f"{list(self.shape)} is the shape of no parameter")
+        if math.prod(self.shape) > _MOST_ENTRIES:
+            raise ValueError(f"a parameter of shape {list(self.shape)} has more than {_MOST_ENTRIES} entries")
         if indices.dtype != torch.int32 or not values.is_floating_point():
             raise ValueError(
                 f"indices and values are {indices.dtype} and {values.dtype}, int32 and a floating type were "
@@ -74,18 +74,13 @@ class SparseChange:
         if bool((indices[1:] <= indices[:-1]).any()):
             raise ValueError("the indices are not in ascending order, or name an entry twice")
         first, last = int(indices[0]), int(indices[-1])
-        if first < 0 or last >= math.prod(self.size):
+        if first < 0 or last >= math.prod(self.shape):
             raise ValueError(
-                f"the indices reach from {first} to {last}, a parameter of shape {list(self.size)} has the "
-                f"entries 0 to {math.prod(self.size) - 1}"
+                f"the indices reach from {first} to {last}, a parameter of shape {list(self.shape)} has the "
+                f"entries 0 to {math.prod(self.shape) - 1}"
             )
         if not bool(torch.isfinite(values).all()):
             raise ValueError("the values hold NaN or infinity")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter that it changes."""
-        return self.size
 
     @property
     def alpha(self) -> None:
@@ -96,7 +91,7 @@ class SparseChange:
         """Return ``weight * values`` among zeros, fp32, of the base's shape and on its device."""
         import torch
 
-        dense = torch.zeros(self.size, dtype=torch.float32, device=base.device)
+        dense = torch.zeros(self.shape, dtype=torch.float32, device=base.device)
         dense.view(-1)[self.indices.to(base.device)] = weight * self.values.to(base.device).float()
         return dense.reshape(base.shape)
 
@@ -133,12 +128,12 @@ class SparseChange:
         """Return the parts to write for the parameter of that name in its module."""
         import torch
 
-        coded = (_gaps(self.indices), self.values, torch.tensor(self.size))
+        coded = (_gaps(self.indices), self.values, torch.tensor(self.shape))
         return {f"{parameter}.{part}": tensor for part, tensor in zip(_PARTS, coded, strict=True)}
 
     def fitted(self, shape: tuple[int, ...]) -> SparseChange | None:
         """Return the change for that parameter: linear layers and 1x1 convolutions stand for each other."""
-        return replace(self, size=shape) if interchangeable(shape, self.size) else None
+        return replace(self, shape=shape) if interchangeable(shape, self.shape) else None
 
     @classmethod
     def sample(cls, shape: tuple[int, ...], *, generator: torch.Generator) -> SparseChange:
