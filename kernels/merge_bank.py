@@ -9,6 +9,7 @@ change at a time, or subtracting a change again, drifts; forming the sum anew fr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,24 +50,70 @@ def merge_bank(
             overlaps an input.
     """
     _check(weight, deltas, scales, out)
+    return merged(weight, deltas, scales, out=out)
+
+
+def merged(
+    weight: Tensor, deltas: Sequence[Delta], scales: Sequence[float], *, out: Tensor | None = None
+) -> Tensor:
+    """Return what merge_bank returns, for callers that know that everything fits: nothing is checked.
+
+    The checks of a small layer take longer than its sum, those of sparse indices make a GPU's host wait.
+    """
     weight = weight.detach()
     active = [(delta, scale) for delta, scale in zip(deltas, scales, strict=True) if scale != 0]
-    if not active:
+    out = torch.empty_like(weight) if out is None else out.detach()
+    if not active or not weight.numel():
         # Not by way of the accumulator: a copy keeps NaN payloads and signed zeros.
-        return weight.clone() if out is None else out.detach().copy_(weight)
+        return out.copy_(weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to(wide, copy=True, memory_format=torch.contiguous_format)
-    rows = total.view(weight.shape[0] if weight.ndim else 1, -1) if total.numel() else total.view(0, 0)
+    inside = out.dtype == wide and out.is_contiguous()
+    total = out if inside else torch.empty(weight.shape, dtype=wide, device=weight.device)
+    pairs = [(*delta, scale) for delta, scale in active if isinstance(delta, tuple) and delta[0].shape[0]]
+    _start(total, weight, pairs)
     for delta, scale in active:
         if isinstance(delta, Tensor):
             total.add_(_wide(delta, total).reshape(total.shape), alpha=scale)
         elif isinstance(delta, Sparse):
             total.view(-1).index_add_(0, delta.indices.to(total.device), _wide(delta.values, total) * scale)
-        elif total.numel() and delta[0].shape[0]:
-            # Contiguous: matrix products sum in another order for other strides.
-            down, up = (_wide(factor, total).contiguous() for factor in delta)
-            rows.addmm_(up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1), alpha=scale)
-    return total.to(weight.dtype) if out is None else out.detach().copy_(total)
+    return total if inside else out.copy_(total)
+
+
+def _start(total: Tensor, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """Set ``total`` to the weight plus all low-rank changes, whose products are one matrix product."""
+    if not pairs:
+        total.copy_(weight)
+        return
+    # Contiguous: matrix products sum in another order for other strides.
+    downs, ups, scales = zip(*pairs, strict=True)
+    down, up = (_wide(_joined(parts, axis), total) for parts, axis in ((downs, 0), (ups, 1)))
+    alpha = scales[0]
+    if len(pairs) > 1:
+        alpha = 1.0
+        up.mul_(_columns(scales, tuple([len(down) for down in downs]), up.dtype, up.device))
+    rows = total.view(total.shape[0], -1)
+    # The weight is widened before the sum where it is narrower; where not, it is read once.
+    if weight.dtype != total.dtype or not weight.is_contiguous():
+        weight = total.copy_(weight)
+    # Contiguous: matrix products sum in another order for other strides.
+    torch.addmm(weight.view_as(rows), up.contiguous(), down.contiguous(), alpha=alpha, out=rows)
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Return the factors as one matrix, joined where the first lies: one transfer to a GPU, not many."""
+    matrices = [part if part.ndim == 2 else part.flatten(1) for part in parts]
+    if len(matrices) == 1:
+        return matrices[0]
+    return torch.cat([matrix.to(matrices[0].device) for matrix in matrices], axis)
+
+
+@lru_cache(maxsize=64)
+def _columns(
+    scales: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return each change's scale as often as its rank; the layers of a model have mostly the same."""
+    counts = torch.tensor(ranks)
+    return torch.tensor(scales, dtype=dtype).repeat_interleave(counts).to(device)
 
 
 def _wide(tensor: Tensor, like: Tensor) -> Tensor:

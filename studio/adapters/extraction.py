@@ -6,10 +6,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from studio.adapters.adapter import Adapter, Change
-from studio.adapters.kinds.lora import LoraChange
+from studio.adapters.factors import as_lora, truncated
 from studio.adapters.parameters import components_of, find_parameter
 from studio.errors import AdapterError, UsageError
 
@@ -73,7 +72,8 @@ def extract_low_rank(adapter: Adapter, pipe: Any, *, rank: int) -> Extraction:
             lost.append(name)
             remainder = size
         else:
-            changes[name], remainder = _leading(delta, rank)
+            factors, values = truncated(delta, rank)
+            changes[name], remainder = as_lora(factors, delta.shape), float(values[rank:].norm())
             residuals[name] = remainder / size
         whole, missed = whole + size**2, missed + remainder**2
     if not changes:
@@ -85,22 +85,3 @@ def extract_low_rank(adapter: Adapter, pipe: Any, *, rank: int) -> Extraction:
     metadata = {**adapter.metadata, "studio.extracted": f"rank {rank}, relative residual {total:.4f}"}
     low_rank = replace(adapter, kind="lora", changes=changes, metadata=metadata)
     return Extraction(low_rank, residuals, tuple(lost), total)
-
-
-def _leading(delta: Tensor, rank: int) -> tuple[LoraChange, float]:
-    """Return the nearest change of that rank, fp32, and how far it is off.
-
-    The nearest product projects onto the leading singular vectors (Eckart and Young 1936). Those of the
-    shorter side are eigenvectors of a Gram matrix, an eighth of the work of decomposing a wide kernel.
-    """
-    flat = delta.flatten(1)
-    tall = flat.shape[0] > flat.shape[1]
-    side = flat.T if tall else flat
-    # Ascending eigenvalues.
-    vectors = torch.linalg.eigh(side @ side.T).eigenvectors[:, -min(rank, side.shape[0]) :].flip(1)
-    up, down = (flat @ vectors, vectors.T) if tall else (vectors, vectors.T @ flat)
-    up, down = up.float(), down.float()
-    remainder = float((flat - up.double() @ down.double()).norm())
-    ones = (1 for _ in delta.shape[2:])
-    kernel = down.reshape(-1, *delta.shape[1:])
-    return LoraChange(kernel, up.reshape(*up.shape, *ones), float(down.shape[0])), remainder

@@ -23,7 +23,7 @@ from studio.errors import AdapterError, UsageError
 from studio.models.tokens import check_embeddings
 from studio.registry import FORMATS, KINDS
 
-__all__ = ["detect_format", "load_adapter", "read_header", "save_adapter"]
+__all__ = ["detect_format", "load_adapter", "read_header", "save_adapter", "usual_dtype"]
 
 Names = Mapping[str, tuple[int, ...]]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -144,26 +144,12 @@ def save_adapter(
         OutputError: If the file exists or cannot be written.
     """
     path, form = Path(path), FORMATS[format]
-    if dtype is None:
-        exact = any(isinstance(change, FullChange | SparseChange) for change in adapter.changes.values())
-        dtype = torch.float32 if exact or adapter.tokens else torch.float16
+    dtype = dtype or usual_dtype(adapter)
     if dtype not in _DTYPES:
         raise UsageError(f"adapters are written as float16, bfloat16 or float32, got {dtype}.")
     check_target(path, overwrite=overwrite)
-    if not adapter.changes and not adapter.tokens:
-        raise AdapterError(
-            f"adapter '{adapter.name}' changes nothing, so there is nothing to write. Train or load it first."
-        )
-    if adapter.tokens and not isinstance(form, Embedding):
-        raise AdapterError(
-            f"{format} files cannot hold the new tokens of '{adapter.name}'. Save each by itself in the "
-            "format 'embedding'."
-        )
     given = dict(metadata or {})
-    if wrong := [key for key, value in {**adapter.metadata, **given}.items() if not isinstance(value, str)]:
-        raise AdapterError(
-            f"metadata must be text, {_listed(wrong)} is not. Convert it, nested values to JSON."
-        )
+    _check_savable(adapter, format, metadata={**adapter.metadata, **given})
     shapes = {name: change.shape for name, change in adapter.changes.items()}
     for token, rows in adapter.tokens.items():
         given.setdefault(TOKEN, token)
@@ -184,6 +170,29 @@ def save_adapter(
     plain = {key: _plain(tensors.pop(key), dtype, key) for key in list(tensors)}
     write_file(path, plain, entries)
     return path
+
+
+def _check_savable(adapter: Adapter, format: str, *, metadata: Mapping[str, Any]) -> None:
+    """Refuse what no file can hold, or none of this format."""
+    if not adapter.changes and not adapter.tokens:
+        raise AdapterError(
+            f"adapter '{adapter.name}' changes nothing, so there is nothing to write. Train or load it first."
+        )
+    if adapter.tokens and not isinstance(FORMATS[format], Embedding):
+        raise AdapterError(
+            f"{format} files cannot hold the new tokens of '{adapter.name}'. Save each by itself in the "
+            "format 'embedding'."
+        )
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise AdapterError(
+            f"metadata must be text, {_listed(wrong)} is not. Convert it, nested values to JSON."
+        )
+
+
+def usual_dtype(adapter: Adapter) -> torch.dtype:
+    """Return the type that an adapter is written in unless another is asked for, see :func:`save_adapter`."""
+    exact = any(isinstance(change, FullChange | SparseChange) for change in adapter.changes.values())
+    return torch.float32 if exact or adapter.tokens else torch.float16
 
 
 def _modules(form: ChangeFormat, header: Header, file: str) -> dict[str, dict[str, str]]:

@@ -4,10 +4,15 @@ Kohya's names join the path of a module by underscores, which cannot be undone b
 ("to_out_0", "proj_in"), so they are read by tables that are built from the list of a model's parameters.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -166,10 +171,8 @@ _CLIP_G = {
 _ENCODERS = {"sd1": (_CLIP_L,), "sd2": (_CLIP_H,), "sdxl": (_CLIP_L, _CLIP_G)}
 
 
-@lru_cache(maxsize=3)
-def reference_names(family: str) -> Mapping[str, tuple[int, ...]]:
-    """Return canonical parameter names and shapes of the full-size model of a family; its weights are never
-    made.
+def reference_components(family: str) -> dict[str, nn.Module]:
+    """Return UNet and text encoders of the full-size model of a family on the meta device, without weights.
 
     Args:
         family: "sd1", "sd2" (2.1) or "sdxl".
@@ -178,11 +181,21 @@ def reference_names(family: str) -> Mapping[str, tuple[int, ...]]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from studio.adapters.parameters import canonical_names
-
     with torch.device("meta"):
-        components: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel(**_UNETS[family])}
+        components: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**_UNETS[family])}
         for index, config in enumerate(_ENCODERS[family]):
             kind = CLIPTextModelWithProjection if index else CLIPTextModel
             components["text_encoder_2" if index else "text_encoder"] = kind(CLIPTextConfig(**config))
-    return canonical_names(components)
+    return components
+
+
+@lru_cache(maxsize=3)
+def reference_names(family: str) -> Mapping[str, tuple[int, ...]]:
+    """Return canonical parameter names and shapes of the full-size model of a family.
+
+    Args:
+        family: "sd1", "sd2" (2.1) or "sdxl".
+    """
+    from studio.adapters.parameters import canonical_names
+
+    return canonical_names(reference_components(family))

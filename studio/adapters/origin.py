@@ -33,5 +33,5 @@ def check_origin(metadata: Mapping[str, str], pipe: Any, *, file: str) -> None:
     raise AdapterError(
         f"{file} was trained on another base model: its metadata names {named!r}, this one is "
         f"'{own[_KEY][:12]}'. Choose that base. To add its changes to this one all the same, load it with "
-        "any_base=True, or convert it once with 'studio convert --any-base --format sara'."
+        "any_base=True, or convert it with 'studio convert --any-base'."
     )

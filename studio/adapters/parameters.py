@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from studio.errors import AdapterError
+from studio.models.quantization import weight_shape
 from studio.registry import nearest
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -25,7 +26,7 @@ def canonical_names(components: Mapping[str, nn.Module]) -> dict[str, tuple[int,
     for component, module in components.items():
         root = f"{component}.text_model" if _flattened(component, module) else component
         for path, parameter in _parameters(module, root):
-            names[path] = tuple(parameter.shape)
+            names[path] = weight_shape(parameter)
     return names
 
 

@@ -32,6 +32,11 @@ class Embedding:
         """Say whether these are the keys for SDXL, or one key alone that is no layer's."""
         return set(keys) == set(_TWO.values()) or (len(keys) == 1 and "." not in next(iter(keys)))
 
+    def token(self, keys: Collection[str], metadata: Mapping[str, str], *, stem: str) -> str:
+        """Return a file's token: what its metadata says, its only key, or else its stem."""
+        key = next(iter(keys))
+        return metadata.get(TOKEN, stem if len(keys) > 1 or key == _ONE else key)
+
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, stem: str
     ) -> tuple[str, dict[str, Tensor]]:
@@ -50,10 +55,11 @@ class Embedding:
                 raise ValueError(f"'{key}' is {tensor.dtype} {list(tensor.shape)}, vectors were expected")
         # A single vector may be written without the axis for several.
         rows = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items()}
+        token = self.token(rows, metadata, stem=stem)
         if len(rows) == len(_TWO):
-            return metadata.get(TOKEN, stem), {component: rows[key] for component, key in _TWO.items()}
-        ((key, only),) = rows.items()
-        return metadata.get(TOKEN, stem if key == _ONE else key), {"text_encoder": only}
+            return token, {component: rows[key] for component, key in _TWO.items()}
+        (only,) = rows.values()
+        return token, {"text_encoder": only}
 
     def write(
         self, adapter: Adapter, *, family: str | None, names: Mapping[str, tuple[int, ...]]
