@@ -1,30 +1,45 @@
 """The engine: make a plan happen inside an ordinary diffusers pipeline, and leave the pipeline as it was.
 
-It attaches to the components and nothing else - a forward pre-hook on the denoiser, one on each text encoder,
-the scheduler's ``set_timesteps`` and ``step`` - so every pipeline that shares them (image-to-image,
-inpainting, ControlNet) is composed too. Weights are formed by the bank from pristine copies, only when the
-weighting changes: between changes a forward pass is the base's forward pass, operation for operation.
+It attaches to the components - the denoiser's ``forward``, a hook on each text encoder, the scheduler's
+``set_timesteps`` and ``step`` - so every pipeline that shares them (image-to-image, inpainting, ControlNet)
+is composed too; of the pipeline itself it follows ``encode_prompt``, for plans that want further prompts. A
+step of one branch is the denoiser's own forward pass, operation for operation, with weights that the bank
+forms only when the weighting changes.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
 
-from studio.adapters.adapter import Adapter, Change
+from studio.adapters.adapter import Adapter
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import canonical_names, components_of
-from studio.composition.fit import check_pipeline, check_weights, claim, fit_adapters, tokens_of
-from studio.composition.plan import BaseInfo, Branch, Composer, LayerWeights, Plan, PlanRow, Step, covers
+from studio.composition.call import Call
+from studio.composition.executor import Executor, Job, Passes, collect, of_encoders
+from studio.composition.feature_cache import FeatureCache
+from studio.composition.fit import (
+    check_pipeline,
+    check_weights,
+    check_writable,
+    claim,
+    fit_adapters,
+    tokens_of,
+)
+from studio.composition.mixing import check_branches, half, mixed
+from studio.composition.plan import BaseInfo, Branch, Composer, Plan, PlanRow, Request, Step
+from studio.composition.planner import Planner, make_composer, make_modifiers
 from studio.composition.position import Position
+from studio.composition.prompts import Prompts
+from studio.composition.shadow import shadowed
 from studio.errors import CompositionError
 from studio.models.architecture import architecture
 from studio.models.tokens import AddedTokens, tokenizer_of
-from studio.registry import COMPOSERS
-from studio.specs import Options, parse_spec
+from studio.specs import Options
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +51,9 @@ def compose(
     method: str | Composer = "merge",
     weights: Mapping[str, float] | None = None,
     options: Mapping[str, Any] | Options | None = None,
+    modifiers: Mapping[str, Mapping[str, Any] | Options] | None = None,
+    batched: bool = True,
+    memory: int | None = None,
 ) -> "Composition":
     """Return a context manager inside which ``pipe`` draws with the adapters.
 
@@ -49,6 +67,13 @@ def compose(
         method: Name of a composition method, or one with its options set.
         weights: Weight per adapter; 1 where not given. It is that of an adapter's changes: tokens have none.
         options: Options of the method, when it is given by name.
+        modifiers: What to change of the method's plan, in this order: names of plan modifiers with their
+            options.
+        batched: Put the evaluations that a method wants in one step into one batch, where the adapters are of
+            low rank; when the GPU's memory is not enough for it they come one after the other. False never
+            tries.
+        memory: Bytes that weights formed for several weightings may take beside the base's own; by default
+            a share of what is free. With less they are formed anew at each change.
 
     Raises:
         CompositionError: If the pipeline has live peft layers, fused projections or offloaded weights, or an
@@ -60,24 +85,40 @@ def compose(
         with studio.compose(pipe, {"dog": dog}, weights={"dog": 0.8}):
             image = pipe("a photo of sks dog", generator=torch.Generator().manual_seed(1)).images[0]
     """
-    components = {name: getattr(part, "_orig_mod", part) for name, part in components_of(pipe).items()}
-    check_pipeline(components)
+    components = components_of(pipe)
+    check_pipeline({name: getattr(part, "_orig_mod", part) for name, part in components.items()})
     all_weights = check_weights(adapters, weights or {})
-    base = BaseInfo(architecture(pipe), canonical_names(components))
+    base = BaseInfo(architecture(pipe), canonical_names(components), pipe)
     tokens = tokens_of(adapters, all_weights)
     # A token acts whenever the prompt names it, so it takes no part in the plan.
     acting = {name: adapter for name, adapter in adapters.items() if adapter.changes or not adapter.tokens}
     fitted = fit_adapters(acting, base.shapes)
     weighted = {name: all_weights[name] for name in acting}
-    plan = _composer(method, options).prepare(fitted, weighted, base)
-    return Composition(pipe, components, fitted, plan, AddedTokens(pipe, tokens) if tokens else None)
+    composer = make_composer(method, options)
+    planner = Planner(composer, make_modifiers(modifiers or {}), fitted, weighted, base)
+    return Composition(
+        pipe,
+        components,
+        fitted,
+        planner,
+        AddedTokens(pipe, tokens) if tokens else None,
+        Execution(batched, memory),
+    )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How branches are evaluated, see ``compose``."""
+
+    batched: bool
+    memory: int | None
 
 
 class Composition:
     """A plan attached to a pipeline while the ``with`` block lasts. Made by ``compose``.
 
     Attributes:
-        plan: What acts when.
+        plan: What acts when; of a method that reads the prompt that of the last call.
     """
 
     def __init__(
@@ -85,19 +126,32 @@ class Composition:
         pipe: Any,
         components: Mapping[str, nn.Module],
         adapters: Mapping[str, Adapter],
-        plan: Plan,
+        planner: Planner,
         tokens: AddedTokens | None,
+        execution: Execution,
     ) -> None:
-        self.plan = plan
+        self.plan = planner.plan()
+        self._planner = planner
         self._pipe = pipe
         self._components = components
-        self._adapters = adapters
+        self._adapters = {**adapters, **self.plan.formed}
         self._tokens = tokens
-        self._text_branch = Branch({name: weight for name, weight in plan.text_weights.items() if weight})
+        self._executor = Executor(
+            components,
+            self._adapters,
+            live=not check_writable(components, self._adapters),
+            batched=execution.batched,
+            memory=execution.memory,
+        )
+        self._cache: FeatureCache | None = None
         self._checked: object = None
         self._speaks = self._encoded = False
-        self._acting: Branch | None = None
         self._stack: ExitStack | None = None
+
+    @property
+    def passes(self) -> Passes:
+        """What the denoiser has done since the ``with`` block began, in rows of a batch."""
+        return self._executor.passes
 
     def describe(self, total: int) -> list[PlanRow]:
         """Return the plan's table adapter x step for a run of ``total`` steps."""
@@ -108,32 +162,34 @@ class Composition:
             raise CompositionError(
                 "this composition is entered already. Call compose() again for another one."
             )
-        self._acting, self._checked, self._encoded = None, None, False
-        spoken = _collect(self._adapters, self._text_branch, of_denoiser=False)
+        self._checked, self._encoded = None, False
+        spoken = {
+            name for adapter in self._adapters.values() for name in adapter.changes if of_encoders(name)
+        }
         taught = set(self._tokens.embeddings) if self._tokens is not None else set()
         encoders = sorted({name.split(".", 1)[0] for name in spoken} | taught)
         self._speaks = bool(encoders)
-        changed = {name for adapter in self._adapters.values() for name in adapter.changes}
         self._position = Position(self._pipe.scheduler, self._pipe)
         with ExitStack() as stack:
-            touched = [self._components[name] for name in ("unet", *encoders)]
+            parts = [self._components[name] for name in ("unet", *encoders)]
+            touched = [getattr(part, "_orig_mod", part) for part in parts]
             touched += [tokenizer_of(self._pipe, name) for name in sorted(taught)]
             stack.enter_context(claim([*touched, self._pipe.scheduler]))
             if self._tokens is not None:
                 stack.enter_context(self._tokens)
             # Two banks: the encoders' weights stay while the denoiser's may change at every step.
-            stack.enter_context(WeightBank(self._components, spoken)).apply(spoken)
-            self._bank = stack.enter_context(
-                WeightBank(self._components, filter(_of_denoiser, sorted(changed)))
-            )
+            self._voice = stack.enter_context(WeightBank(self._components, sorted(spoken)))
+            self._speak(self.plan.text_weights)
+            stack.enter_context(self._executor)
+            self._prompts = stack.enter_context(Prompts(self._pipe, self._prepared, self._speak).follow())
             stack.enter_context(self._position.follow())
             for name in encoders:
                 encoder = getattr(self._pipe, name)
                 stack.callback(encoder.register_forward_pre_hook(self._before_encoding).remove)
-            hook = self._pipe.unet.register_forward_pre_hook(self._before_denoising, with_kwargs=True)
-            stack.callback(hook.remove)
-            if self.plan.constant:
-                self._act(self.plan.at(_ANY_STEP))
+            self._forward = self._pipe.unet.forward
+            stack.enter_context(shadowed(self._pipe.unet, {"forward": self._denoise}))
+            if self.plan.constant and _plain(branches := self.plan.at(_ANY_STEP)):
+                self._executor.act(branches[0])
             self._stack = stack.pop_all()
         return self
 
@@ -142,20 +198,30 @@ class Composition:
     ) -> None:
         assert self._stack is not None
         stack, self._stack = self._stack, None
+        self._cache = None
         stack.close()
+
+    def _prepared(self, request: Request | None) -> Plan:
+        """Return the plan for what the pipeline is asked for."""
+        if request is not None and self._planner.reads_prompt:
+            self.plan = self._planner.plan(request)
+        return self.plan
+
+    def _speak(self, weights: Mapping[str, float]) -> None:
+        """Give the text encoders the adapters' parts with these weights."""
+        self._voice.apply(collect(self._adapters, Branch(weights), of=of_encoders))
 
     def _before_encoding(self, encoder: nn.Module, args: Any) -> None:
         self._encoded = True
 
-    def _before_denoising(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _denoise(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer one call of the denoiser as the plan says."""
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         run = self._position.run(timestep)
         if run is not None and run is not self._checked:
             self._check_run(run)
             self._checked = run
-        if self.plan.constant:
-            return
-        step = self._position.step(timestep)
+        step = _ANY_STEP if self.plan.constant else self._position.step(timestep)
         if step is None:
             raise CompositionError(
                 "the denoiser was called outside of a run, so the plan cannot know the step. Call the "
@@ -163,83 +229,84 @@ class Composition:
                 "scheduler inside the 'with' block; a loop of your own calls scheduler.set_timesteps() "
                 "first and scheduler.step() after each evaluation."
             )
-        self._act(self.plan.at(step))
+        branches = self.plan.at(step)
+        if _plain(branches):
+            self._executor.act(branches[0])
+            self.passes.full += len(kwargs["sample"] if "sample" in kwargs else args[0])
+            return self._forward(*args, **kwargs)
+        return self._several(Call.bind(self._pipe.unet, args, kwargs), branches, step)
+
+    def _several(self, call: Call, branches: Sequence[Branch], step: Step) -> Any:
+        """Answer a call by what its branches say together."""
+        guided = self._guided(call)
+        asked = [branch for branch in branches if guided or branch.answers_for("conditional")]
+        jobs = [self._job(call, branch, step, guided=guided) for branch in asked]
+
+        def keep(batch: Sequence[Job]) -> AbstractContextManager[None]:
+            slots = [(job.branch.slot, job.rows) for job in batch]
+            if self._cache is None or all(slot is None for slot, _ in slots):
+                return nullcontext()
+            if batch[0].shallow:
+                return self._cache.reusing([slot for slot, _ in slots])
+            return self._cache.keeping(slots, step=step.index)
+
+        answers = self._executor.answers(self._forward, jobs, keep)
+        return call.answered(mixed(self.plan, asked, answers, guided=guided))
+
+    def _job(self, call: Call, branch: Branch, step: Step, *, guided: bool) -> Job:
+        if branch.text is not None:
+            text = self._prompts.embeddings(branch.text, guided=guided)
+            call.check_prompt_alike(text)
+            call = call.speaking(text)
+        if guided and branch.rows != "all":
+            call = call.rows(half(len(call.latents), branch.rows))
+        since = step.index - branch.reuse
+        shallow = bool(
+            branch.reuse
+            and self._cache is not None
+            and self._cache.has(branch.slot, rows=len(call.latents), since=since)
+        )
+        return Job(branch, call, shallow)
+
+    def _guided(self, call: Call) -> bool:
+        """Return whether the batch is the unconditional rows and then the conditional ones."""
+        guided = bool(getattr(self._pipe, "do_classifier_free_guidance", False))
+        if guided and len(call.latents) % 2:
+            raise CompositionError(
+                f"{len(call.latents)} rows were given to the denoiser where guidance makes an even number. "
+                "Call the pipeline given to compose(), without perturbed-attention guidance."
+            )
+        return guided
 
     def _check_run(self, run: Sequence[Step]) -> None:
         """Raise, before the first evaluation of a run, what would otherwise show in its middle."""
         self.plan.check(run[0].total)
-        for step in run:
-            _single(self.plan.at(step))
+        steps = [self.plan.at(step) for step in run]
+        check_branches(self.plan, steps)
+        if any(branch.slot is not None for branches in steps for branch in branches):
+            if hasattr(self._pipe.unet, "_orig_mod"):
+                raise CompositionError(
+                    "features cannot be kept of a compiled UNet. Compose on the pipeline before "
+                    "torch.compile, or choose a method without a cache."
+                )
+            self._cache = FeatureCache(self._pipe.unet, self.plan.cut)
         if self._speaks and not self._encoded:
             logger.warning(
                 "the prompt was encoded before compose(): the adapters' text-encoder parts do not act on "
                 "it. Pass the prompt as text, or call encode_prompt inside the 'with' block."
             )
 
-    def _act(self, branches: Sequence[Branch]) -> None:
-        """Give the denoiser the weights of the step, unless it has them."""
-        branch = _single(branches)
-        if branch != self._acting:
-            self._bank.apply(_collect(self._adapters, branch, of_denoiser=True))
-            self._acting = branch
-
 
 _ANY_STEP = Step(0, 1, 0.0)
 
 
-def _single(branches: Sequence[Branch]) -> Branch:
-    """Return the only branch of a step.
-
-    Raises:
-        CompositionError: If the plan wants several evaluations per step, or a part of the batch.
-    """
-    if len(branches) == 1 and branches[0].rows == "all" and branches[0].share == 1.0:
-        return branches[0]
-    raise CompositionError(
-        f"the plan wants {len(branches)} evaluations of the denoiser in one step; merged weights give one, "
-        "on all rows and with share 1. Choose a method with one branch per step, such as 'merge' or "
-        "'switch'."
+def _plain(branches: Sequence[Branch]) -> bool:
+    """Return whether the step is one evaluation of the call as it came."""
+    first = branches[0]
+    return (
+        len(branches) == 1
+        and first.rows == "all"
+        and first.text is None
+        and first.region is None
+        and first.slot is None
     )
-
-
-def _of_denoiser(parameter: str) -> bool:
-    return parameter.startswith("unet.")
-
-
-def _collect(
-    adapters: Mapping[str, Adapter], branch: Branch, *, of_denoiser: bool
-) -> dict[str, list[tuple[Change, float]]]:
-    """Return each parameter's changes with weights; weight 0 is left out: it is the base bit for bit."""
-    found: dict[str, list[tuple[Change, float]]] = {}
-    for name in branch.weights:
-        _check_layers(name, branch.weights[name], adapters[name])
-        for parameter, change in adapters[name].changes.items():
-            weight = branch.weight(name, parameter)
-            if weight and _of_denoiser(parameter) == of_denoiser:
-                found.setdefault(parameter, []).append((change, weight))
-    return found
-
-
-def _check_layers(name: str, weight: float | LayerWeights, adapter: Adapter) -> None:
-    if not isinstance(weight, Mapping):
-        return
-    idle = [layer for layer in weight if not any(covers(layer, parameter) for parameter in adapter.changes)]
-    if idle:
-        raise CompositionError(
-            f"weights of '{name}' name layers that it does not change: {', '.join(idle)}. Name dotted "
-            "prefixes of its parameters, such as 'unet.up_blocks.1'."
-        )
-
-
-def _composer(method: str | Composer, options: Mapping[str, Any] | Options | None) -> Composer:
-    if not isinstance(method, str):
-        if options is not None:
-            raise CompositionError(
-                "options were given beside a composer that has its own. Put them into the composer."
-            )
-        return method
-    kind = COMPOSERS[method]
-    if not isinstance(options, kind.Options):
-        options = parse_spec(kind.Options, dict(options or {}))
-    composer: Composer = kind(options)
-    return composer

@@ -11,6 +11,8 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter, Change, KindOfChange
+from studio.adapters.live import LiveLayers
+from studio.adapters.parameters import find_parameter
 from studio.errors import AdapterError, CompositionError, UsageError
 from studio.registry import nearest
 
@@ -53,10 +55,10 @@ def check_pipeline(components: Mapping[str, nn.Module]) -> None:
             raise CompositionError(
                 f"{name} has live peft layers. Call pipe.unload_lora_weights() before compose()."
             )
-        if any(parameter.is_meta for parameter in component.parameters()):
+        if name != "unet" and any(parameter.is_meta for parameter in component.parameters()):
             raise CompositionError(
                 f"the weights of {name} are offloaded layer by layer, so they cannot be merged. Use "
-                "pipe.enable_model_cpu_offload() instead of sequential or group offload."
+                "pipe.enable_model_cpu_offload() instead of sequential offload."
             )
     processors = getattr(components["unet"], "attn_processors", {})
     if any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
@@ -64,6 +66,38 @@ def check_pipeline(components: Mapping[str, nn.Module]) -> None:
             "unet computes query, key and value from fused weights. Call pipe.unfuse_qkv_projections() "
             "before compose()."
         )
+
+
+def check_writable(components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter]) -> bool:
+    """Return whether the denoiser's weights can be written to, as far as adapters change them.
+
+    Raises:
+        CompositionError: If they cannot, and an adapter has no other way to act.
+    """
+    changes = {
+        name: {
+            parameter: each for parameter, each in adapter.changes.items() if parameter.startswith("unet.")
+        }
+        for name, adapter in adapters.items()
+    }
+    touched = sorted({parameter for each in changes.values() for parameter in each})
+    fixed = [name for name in touched if not _plain(find_parameter(components, name))]
+    if not fixed:
+        return True
+    for name, each in changes.items():
+        why = LiveLayers.why_not({parameter: [(change, 1.0)] for parameter, change in each.items()})
+        if why is not None:
+            raise CompositionError(
+                "the base's weights are quantised or offloaded layer by layer, so nothing can be merged into "
+                f"them, and '{name}' cannot act beside them: {why}. Load the base without quantisation, or "
+                "use pipe.enable_model_cpu_offload()."
+            )
+    return False
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    # bitsandbytes keeps its weights in classes of its own, which differ in type where nothing is packed yet.
+    return not parameter.is_meta and type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
 def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from studio.composition.plan import BaseInfo, Branch, Plan, Request, Step
+from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step
+from studio.composition.policies import text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, nearest
 from studio.specs import Options
@@ -57,7 +58,7 @@ class SwitchPlan(Plan):
 
 
 @COMPOSERS.register("switch")
-class Switch:
+class Switch(Composer):
     """Let one adapter act at a time and change it every ``switch_every`` steps.
 
     Costs one evaluation of the denoiser per step, like the base, and keeps apart what a merge would mix.
@@ -94,9 +95,6 @@ class Switch:
                 return given
             return tuple(name.strip() for item in items for name in item.split(",") if name.strip())
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options if isinstance(options, Switch.Options) else Switch.Options()
-
     def prepare(
         self,
         adapters: "Mapping[str, Adapter]",
@@ -115,12 +113,12 @@ class Switch:
             )
         order = self.options.order or tuple(adapters)
         _check_order(order, list(adapters))
-        spoken = {"base": (), "first": order[:1], "merged": order}[self.options.text_encoder_policy]
+        ordered = {name: weights[name] for name in order}
         return SwitchPlan(
             order,
             weights=dict(weights),
             period=self.options.switch_every,
-            text_weights={name: weights[name] for name in spoken},
+            text_weights=text_weights(self.options.text_encoder_policy, ordered),
         )
 
 

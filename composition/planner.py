@@ -1,0 +1,71 @@
+"""From a method, modifiers and adapters to a plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from studio.adapters.adapter import Adapter
+from studio.composition.plan import BaseInfo, Composer, Modifier, Plan, Request
+from studio.errors import CompositionError
+from studio.registry import COMPOSERS, MODIFIERS
+from studio.specs import Options, parse_spec
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Prepares the plan, once, or for each prompt where it depends on it."""
+
+    composer: Composer
+    modifiers: Sequence[Modifier]
+    adapters: Mapping[str, Adapter]
+    weights: Mapping[str, float]
+    base: BaseInfo
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the plan depends on the prompt."""
+        return self.composer.reads_prompt or any(modifier.reads_prompt for modifier in self.modifiers)
+
+    def plan(self, request: Request | None = None) -> Plan:
+        """Return the plan of the method as the modifiers change it."""
+        names = list(self.adapters)
+        taken = {name for modifier in self.modifiers for name in modifier.takes(names)}
+        shown = {name: adapter for name, adapter in self.adapters.items() if name not in taken}
+        weights = {name: self.weights[name] for name in shown}
+        plan = self.composer.prepare(shown, weights, self.base, request)
+        for modifier in self.modifiers:
+            plan = modifier.modify(plan, self.adapters, self.weights, self.base, request)
+        return plan
+
+
+def make_composer(method: str | Composer, options: Mapping[str, Any] | Options | None) -> Composer:
+    """Return a composition method by name, or the one given.
+
+    Raises:
+        UsageError: If the method or one of its options does not exist.
+        CompositionError: If options are given beside a composer that has its own.
+    """
+    if isinstance(method, str):
+        composer: Composer = _made(COMPOSERS[method], options)
+        return composer
+    if options is not None:
+        raise CompositionError(
+            "options were given beside a composer that has its own. Put them into the composer."
+        )
+    return method
+
+
+def make_modifiers(given: Mapping[str, Mapping[str, Any] | Options]) -> list[Modifier]:
+    """Return plan modifiers by name with their options, those that have the last word at the end.
+
+    Raises:
+        UsageError: If a modifier or one of its options does not exist.
+    """
+    made = [_made(MODIFIERS[name], options) for name, options in given.items()]
+    return sorted(made, key=lambda modifier: modifier.outermost)
+
+
+def _made(kind: Any, options: Mapping[str, Any] | Options | None) -> Any:
+    if not isinstance(options, kind.Options):
+        options = parse_spec(kind.Options, dict(options or {}))
+    return kind(options)

@@ -1,0 +1,36 @@
+"""What several methods and modifiers offer alike: text-encoder policies, and adapters by name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from studio.errors import CompositionError
+from studio.registry import nearest
+
+TextPolicy = Literal["base", "first", "merged", "own"]
+
+
+def text_weights(policy: TextPolicy, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of the adapters' text-encoder parts for the pipeline's own prompt embeddings.
+
+    Args:
+        policy: No adapter, the first, or all of them; "own" is for plans that give each branch embeddings of
+            its own, beside which the pipeline's are the base's.
+        weights: By adapter, in the order in which they act.
+    """
+    if policy == "first":
+        return dict(list(weights.items())[:1])
+    return dict(weights) if policy == "merged" else {}
+
+
+def known(asker: str, names: Sequence[str], adapters: Sequence[str]) -> tuple[str, ...]:
+    """Return names of adapters.
+
+    Raises:
+        CompositionError: If one is not among the adapters; the message begins with who asks.
+    """
+    if unknown := [name for name in names if name not in adapters]:
+        raise CompositionError(
+            f"{asker}: unknown adapter '{unknown[0]}'.{nearest(unknown[0], list(adapters))} Known: "
+            f"{', '.join(adapters) or 'none'}."
+        )
+    return tuple(names)

@@ -1,0 +1,146 @@
+"""Prompt embeddings of a pipeline's call: its own, and further ones that branches of a plan ask for."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studio.composition.call import Embeddings
+from studio.composition.plan import Plan, Request, Text
+from studio.composition.projection import projected_out
+from studio.composition.shadow import shadowed
+from studio.errors import CompositionError
+
+Encode = Callable[..., Any]
+Speak = Callable[[Mapping[str, float]], None]
+"""Gives the text encoders the adapters' text-encoder parts with these weights."""
+
+
+class Prompts:
+    """Follows ``encode_prompt`` of a pipeline; encodes what a plan wants beside.
+
+    Every text is encoded once for each call of the pipeline.
+
+    Args:
+        pipe: The pipeline.
+        plan_for: Called with what the pipeline was asked for, before it is encoded; returns the plan.
+        speak: See ``Speak``.
+    """
+
+    def __init__(self, pipe: Any, plan_for: Callable[[Request | None], Plan], speak: Speak) -> None:
+        self._pipe = pipe
+        self._plan_for = plan_for
+        self._speak = speak
+        self._conditional: dict[str, Embeddings] = {}
+        self._guided: dict[str, Embeddings] = {}
+        self.followed = False
+
+    @contextmanager
+    def follow(self) -> Iterator["Prompts"]:
+        """Shadow ``encode_prompt`` of this pipeline for the length of a block."""
+        encode = getattr(self._pipe, "encode_prompt", None)
+        if encode is None:
+            yield self
+            return
+        signature = inspect.signature(encode)
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return self._encode(encode, bound.arguments)
+
+        encode_prompt.__signature__ = signature  # type: ignore[attr-defined]
+        with shadowed(self._pipe, {"encode_prompt": encode_prompt}):
+            try:
+                yield self
+            finally:
+                self._forget()
+
+    def embeddings(self, text: str, *, guided: bool) -> Embeddings:
+        """Return the embeddings of one of the plan's texts as the denoiser is given them.
+
+        Args:
+            text: A name in ``Plan.texts``.
+            guided: Whether the batch begins with the unconditional rows.
+
+        Raises:
+            CompositionError: If the call's prompts were encoded elsewhere.
+        """
+        found = (self._guided if guided else self._conditional).get(text)
+        if found is None:
+            raise CompositionError(
+                "this composition gives its branches prompts of their own, but the pipeline's prompt was "
+                "encoded outside. Call the pipeline given to compose() inside the 'with' block and pass the "
+                "prompt as text."
+            )
+        return found
+
+    def _forget(self) -> None:
+        self._conditional, self._guided, self.followed = {}, {}, False
+
+    def _encode(self, encode: Encode, arguments: Mapping[str, Any]) -> Any:
+        self._forget()
+        asked = arguments.get("prompt")
+        plan = self._plan_for(None if asked is None else self._request(encode, arguments))
+        self._speak(plan.text_weights)
+        try:
+            own = encode(**arguments)
+            if asked is not None:
+                for name, text in plan.texts.items():
+                    self._keep(name, *self._encoded(encode, arguments, text))
+        finally:
+            self._speak(plan.text_weights)
+        self.followed = True
+        return own
+
+    def _encoded(self, encode: Encode, arguments: Mapping[str, Any], text: Text) -> tuple[Any, ...]:
+        self._speak(text.weights)
+        changed = dict(arguments)
+        if text.prompt is not None:
+            asked = arguments["prompt"]
+            changed["prompt"] = text.prompt if isinstance(asked, str) else [text.prompt] * len(asked)
+            if "prompt_2" in changed:
+                changed["prompt_2"] = None
+        tokens, *others = encode(**changed)
+        if (unwanted := text.without) is not None:
+            directions = self._embedded(encode, arguments, unwanted.words)
+            # The first and the last token are the same for all words.
+            tokens = projected_out(tokens, directions[1:-1], unwanted)
+        return tokens, *others
+
+    def _keep(self, name: str, tokens: Tensor, negative: Tensor | None, *pooled: Tensor) -> None:
+        conditional = Embeddings(tokens, pooled[0] if pooled else None)
+        self._conditional[name] = conditional
+        if negative is not None:
+            self._guided[name] = Embeddings(
+                torch.cat([negative, tokens]), torch.cat([pooled[1], pooled[0]]) if pooled else None
+            )
+
+    def _request(self, encode: Encode, arguments: Mapping[str, Any]) -> Request:
+        prompts = _texts(arguments["prompt"])
+        negatives = _texts(arguments.get("negative_prompt")) or [""]
+        return Request(
+            prompts[0],
+            negatives[0],
+            embed=lambda text: self._embedded(encode, arguments, text),
+            others=tuple(prompts[1:]),
+        )
+
+    def _embedded(self, encode: Encode, arguments: Mapping[str, Any], text: str) -> Tensor:
+        """Return the base's embedding of a text, padding left out."""
+        self._speak({})
+        changed = {**arguments, "prompt": text, "do_classifier_free_guidance": False}
+        changed["num_images_per_prompt"] = 1
+        for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
+            if name in changed:
+                changed[name] = None
+        tokens: Tensor = encode(**changed)[0][0]
+        length = len(self._pipe.tokenizer(text, truncation=True, max_length=len(tokens)).input_ids)
+        return tokens[:length].float()
+
+
+def _texts(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
