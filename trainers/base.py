@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from studio.specs.base import Options
 from studio.specs.train import TrainSpec
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from studio.adapters.adapter import Adapter
+    from studio.trainers.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ class Trainer(Protocol):
         return ()
 
     @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str | None:
+        """Return why the method cannot work on weights quantised as "int8" or "nf4", or None where it can.
+
+        Args:
+            options: Its own.
+            kind: Of the weights.
+        """
+        return None
+
+    @classmethod
     def parts(cls, spec: TrainSpec) -> tuple[str, ...]:
         """Return words for parts of the adapter that get a file of their own; its name ends with the word."""
         return ()
@@ -95,12 +106,13 @@ class Trainer(Protocol):
         """
         ...
 
-    def warm_start(self, loss: "Callable[[int], Tensor]") -> None:
+    def warm_start(self, loss: "Callable[[int], Tensor]", processes: "Processes | None" = None) -> None:
         """Set what training starts from by what the data say; called once, before the first step of all.
 
         Args:
             loss: Returns the loss of the n-th batch, with its graph where gradients are on. Nothing is
                 dropped out yet.
+            processes: Those of which each has a share of that batch; None for this one alone.
         """
 
     def state(self) -> "Mapping[str, Tensor]":

@@ -10,6 +10,9 @@ from torch import nn
 
 from studio.errors import TrainingError
 
+ALIGNMENT = 64
+"""Bytes; torch's own tensors lie at multiples of it."""
+
 
 def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """Return the pipeline's networks by component."""
@@ -113,3 +116,8 @@ def _give_back(kept: list[tuple[Any, ...]]) -> None:
 def _convert(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     # nn.Module.to is asked directly: the libraries wrap it with warnings meant for other uses.
     nn.Module.to(part, device=device, dtype=dtype)
+    # A file's tensors lie in memory as in the file. Matrix kernels round otherwise where the address is no
+    # multiple of what they read at once: equal bases would train to different bits.
+    for parameter in part.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()

@@ -1,7 +1,7 @@
 """What a run takes in memory and time: what can be counted before, and what its first steps show."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from studio.models.quantization import statistics
 from studio.trainers.borrow import networks
 
 MOMENTS: Mapping[str, float] = {"adamw": 2, "adamw8bit": 0.5, "adafactor": 0, "lion": 1, "prodigy": 4}
@@ -26,12 +27,14 @@ class Estimate:
         trained: The trained parameters, with the copy that is kept to go back to, and their average.
         gradients: Of the trained parameters.
         optimizer: What the optimizer keeps of them.
+        offloaded: Of the base, what waits on the CPU meanwhile; not among the others.
     """
 
     base: int
     trained: int
     gradients: int
     optimizer: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -42,7 +45,7 @@ class Estimate:
         return (
             f"Memory: {size(self.total)} before activations (base {size(self.base)}, trained parameters and "
             f"their copy {size(self.trained)}, gradients {size(self.gradients)}, optimizer "
-            f"{size(self.optimizer)})"
+            f"{size(self.optimizer)}{f', {size(self.offloaded)} on the CPU' if self.offloaded else ''})"
         )
 
 
@@ -53,6 +56,7 @@ def estimate(
     aside: int = 0,
     optimizer: str = "adamw",
     averaged: bool = False,
+    away: Collection[str] = (),
 ) -> Estimate:
     """Count what a run will hold.
 
@@ -62,17 +66,18 @@ def estimate(
         aside: Bytes of the base's own weights that trained ones stand in for.
         optimizer: Its name.
         averaged: Whether a moving average is kept.
+        away: Networks that wait on the CPU while training.
     """
     trained = {id(parameter): parameter for parameter in parameters}
-    held: dict[int, Tensor] = {}
-    for part in networks(pipe).values():
-        held |= {id(value): value for value in (*part.parameters(), *part.buffers())}
+    parts = networks(pipe)
+    held = _held(part for name, part in parts.items() if name not in away)
     own = sum(map(_bytes, trained.values()))
     return Estimate(
         base=sum(_bytes(value) for key, value in held.items() if key not in trained) + aside,
         trained=(3 if averaged else 2) * own,
         gradients=own,
         optimizer=int(MOMENTS[optimizer] * own),
+        offloaded=sum(map(_bytes, _held(parts[name] for name in away).values())),
     )
 
 
@@ -146,6 +151,15 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def _held(parts: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """Return what networks hold, each tensor once: parameters, buffers, statistics of quantised weights."""
+    found: dict[int, Tensor] = {}
+    for part in parts:
+        beside = (value for module in part.modules() for value in statistics(module))
+        found |= {id(value): value for value in (*part.parameters(), *part.buffers(), *beside)}
+    return found
 
 
 def _bytes(value: Tensor) -> int:

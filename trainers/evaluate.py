@@ -13,6 +13,7 @@ from studio.data.buckets import Buckets, Size
 from studio.data.cache import MemoryCache
 from studio.data.picture import PictureSet
 from studio.trainers.borrow import borrowed
+from studio.trainers.processes import ALONE, Processes
 from studio.trainers.step import Latents, Prompts, TrainStep
 
 
@@ -67,7 +68,15 @@ def evaluate_loss(
 
 
 @torch.no_grad()
-def mean_loss(step: TrainStep, latents: Latents, *, num: int, batch_size: int, seed: int) -> float:
+def mean_loss(
+    step: TrainStep,
+    latents: Latents,
+    *,
+    num: int,
+    batch_size: int,
+    seed: int,
+    processes: Processes = ALONE,
+) -> float:
     """Return the mean loss over ``num`` draws whose timesteps lie evenly over the schedule.
 
     It may be asked for within a training run: nothing is changed, and no random number is drawn that the run
@@ -79,6 +88,7 @@ def mean_loss(step: TrainStep, latents: Latents, *, num: int, batch_size: int, s
         num: Number of draws.
         batch_size: Draws per forward pass; changes the speed only.
         seed: Of the order of the timesteps, which does not follow the pictures'.
+        processes: Share the forward passes; all get the mean.
     """
     total = step.schedule.num_timesteps
     order = torch.randperm(num, generator=torch.Generator().manual_seed(derived_seed(seed, "evaluation")))
@@ -88,9 +98,10 @@ def mean_loss(step: TrainStep, latents: Latents, *, num: int, batch_size: int, s
     by_size: dict[Size, list[Sample]] = {}
     for draw in draws:
         by_size.setdefault(draw.size, []).append(draw)
-    losses = 0.0
-    for alike in by_size.values():
-        for first in range(0, len(alike), batch_size):
-            part = alike[first : first + batch_size]
-            losses += float(step(latents.collate(part))) * len(part)
-    return losses / num
+    parts = [
+        alike[first : first + batch_size]
+        for alike in by_size.values()
+        for first in range(0, len(alike), batch_size)
+    ]
+    own = parts[processes.index :: processes.count]
+    return processes.total(sum(float(step(latents.collate(part))) * len(part) for part in own)) / num

@@ -1,6 +1,7 @@
 """What a run and the one that it goes on from must have in common: settings, base and pictures."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ MAY_CHANGE = frozenset(
         "validation_data",
         "output",
         "cache_folder",
-        # What no parameter depends on.
+        # What no parameter depends on, but for the order that sums are rounded in.
+        "attention",
         "author",
         "cache",
         "checkpoint_every",
+        "compile",
         "device",
         "format",
         "keep_adapters",
         "keep_checkpoints",
+        "offload_encoders",
         "overwrite",
         "resume",
         "sample_every",
@@ -42,10 +46,17 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings that may differ from those that a run was started with."""
+PER_STEP = "batch_size x gradient_accumulation x processes"
+"""The samples of a step: that they stay as many is all that matters of the three."""
 
 
 def identity(
-    spec: TrainSpec, *, base: str, precision: str, data: Mapping[str, PictureSet | None]
+    spec: TrainSpec,
+    *,
+    base: str,
+    precision: str,
+    data: Mapping[str, PictureSet | None],
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return what a later run is compared with.
 
@@ -54,14 +65,22 @@ def identity(
         base: The base's fingerprint.
         precision: Number type of the forward pass.
         data: Its pictures by what they are for.
+        processes: How many there are.
     """
-    settings = spec.model_dump(mode="json", exclude={"options", *MAY_CHANGE})
+    division = {
+        "batch_size": spec.batch_size,
+        "gradient_accumulation": spec.gradient_accumulation,
+        "processes": processes,
+    }
+    settings = spec.model_dump(mode="json", exclude={"options", *MAY_CHANGE, *division})
+    settings[PER_STEP] = math.prod(division.values())
     if spec.class_prompts and spec.class_data is None:
         # Class pictures are drawn with as many steps as samples.
         settings["sample_steps"] = spec.sample_steps
     return {
         "settings": settings | spec.options.model_dump(mode="json") | {"precision": precision},
         "steps": spec.steps,
+        "division": division,
         "base": base,
         "data": {name: mark for what, found in data.items() if found for name, mark in _marks(what, found)},
     }
@@ -81,15 +100,7 @@ def check_same(before: Identity, now: Identity, *, step: int) -> None:
     problems = []
     if now["steps"] < step:
         problems.append(f"steps is {now['steps']}, fewer than the {step} that are done")
-    old, new = before["settings"], now["settings"]
-    problems += [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if before["base"] != now["base"]:
-        problems.append("the base model has other weights")
-    problems += _differences(before["data"], now["data"])
+    problems += _differences(before, now)
     if problems:
         raise TrainingError(
             f"the run that was begun cannot go on, it has changed since: {'; '.join(problems)}. Put it back, "
@@ -98,7 +109,48 @@ def check_same(before: Identity, now: Identity, *, step: int) -> None:
         )
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def in_step(spec: TrainSpec, own: Identity) -> Identity:
+    """Return what the processes of one run must have in common: more than runs, so that they meet.
+
+    Args:
+        spec: The run.
+        own: Its identity.
+    """
+    more = {"steps": spec.steps, "validate_every": spec.validate_every, "resume": spec.resume}
+    return {**own, "settings": own["settings"] | own["division"] | more}
+
+
+def check_alike(first: Identity, own: Identity, *, process: int) -> None:
+    """Refuse to work on another run than the first process.
+
+    Args:
+        first: What ``in_step`` says in the first process.
+        own: What it says here.
+        process: Number of this process.
+
+    Raises:
+        TrainingError: Names all that differs.
+    """
+    if problems := _differences(first, own):
+        raise TrainingError(
+            f"process {process} was given another run than process 0: {'; '.join(problems)}. Start all with "
+            "the same command, on the same data."
+        )
+
+
+def _differences(before: Identity, now: Identity) -> list[str]:
+    old, new = before["settings"], now["settings"]
+    problems = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if before["base"] != now["base"]:
+        problems.append("the base model has other weights")
+    return problems + _data_differences(before["data"], now["data"])
+
+
+def _data_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     found = {
         "new pictures": now.keys() - before.keys(),
         "missing pictures": before.keys() - now.keys(),

@@ -46,9 +46,20 @@ def make_batches(
     *,
     buckets: Buckets,
     device: torch.device,
+    processes: int = 1,
     tell: Tell,
 ) -> Batches:
     """Return the course of batches of a run.
+
+    Args:
+        pipe: The base.
+        spec: The run.
+        pictures: The user's.
+        class_pictures: Those beside them, or None.
+        buckets: Sizes that they are brought to.
+        device: Where batches are put.
+        processes: How many take a share of each step.
+        tell: Told of damaged files.
 
     Raises:
         DataError: If a picture fits no bucket.
@@ -57,7 +68,7 @@ def make_batches(
     """
     cache = _cache(spec, "latents", lambda: {"vae": network_fingerprint(pipe.vae), "on": device.type}, tell)
     num_timesteps = NoiseSchedule(pipe).num_timesteps
-    group = spec.batch_size * spec.gradient_accumulation
+    group = spec.batch_size * spec.gradient_accumulation * processes
 
     def latents(found: PictureSet, stream: str) -> Latents:
         samples = Samples(

@@ -14,6 +14,7 @@ from studio.trainers.borrow import converted
 from studio.trainers.identity import Identity
 from studio.trainers.metadata import progress_facts
 from studio.trainers.outputs import save_trained
+from studio.trainers.processes import Processes
 from studio.trainers.run_folder import RunFolder
 
 SampleFunction = Callable[
@@ -35,6 +36,7 @@ class Job:
         sample_prompt: Prompt of the samples where none is given.
         on_event: Told what happens.
         sample: Draws the sample pictures.
+        processes: Those that work on it.
     """
 
     pipe: DiffusionPipeline
@@ -45,6 +47,7 @@ class Job:
     sample_prompt: str
     on_event: OnEvent
     sample: SampleFunction | None
+    processes: Processes
 
     @property
     def folder(self) -> RunFolder:
@@ -57,7 +60,9 @@ class Job:
 
     def described(self, adapter: Adapter, *, step: int) -> Adapter:
         """Return an exported adapter with the metadata of its file."""
-        progress = progress_facts(self.spec, steps=step, pictures=self.num_pictures)
+        progress = progress_facts(
+            self.spec, steps=step, pictures=self.num_pictures, processes=self.processes.count
+        )
         metadata = {**adapter.metadata, **self.facts, **progress}
         return replace(adapter, name=self.spec.output.stem, metadata=metadata)
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,9 +10,11 @@ from PIL import Image
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.formats.embedding import Embedding
+from studio.adapters.live import LiveLayers
 from studio.adapters.parameters import canonical_names, components_of
+from studio.data.buckets import Buckets
 from studio.data.captions import full_caption, with_trigger
-from studio.data.dataset import read_dataset
+from studio.data.dataset import DataSet, read_dataset
 from studio.data.picture import PictureSet, Treatment
 from studio.data.report import report
 from studio.errors import TrainingError
@@ -24,16 +26,20 @@ from studio.trainers.base import Trainer
 from studio.trainers.borrow import borrowed, converted
 from studio.trainers.checkpoint import Checkpoints, State
 from studio.trainers.class_pictures import draw_class_pictures
-from studio.trainers.identity import Identity, check_same, identity
+from studio.trainers.identity import Identity, check_alike, check_same, identity, in_step
 from studio.trainers.inputs import make_batches, make_buckets, make_validation
 from studio.trainers.job import Job, SampleFunction
 from studio.trainers.metadata import base_facts, run_facts
 from studio.trainers.outputs import layers_of, size_note
+from studio.trainers.processes import Processes, join
 from studio.trainers.run import Run
 from studio.trainers.run_folder import RunFolder
 from studio.trainers.runtime import (
+    Precision,
+    check_execution,
     choose_device,
     choose_precision,
+    execution,
     make_accelerator,
     own_random_state,
     weight_dtype,
@@ -67,87 +73,167 @@ def train(
         TrainingError: If training cannot start or go on, or diverges: the last good adapter is saved and
             named.
     """
-    data = read_dataset(spec)
-    pictures, class_pictures = data.pictures, data.class_pictures
-    captions = [full_caption(picture) for picture in data.all_pictures]
-    resolution = check_request(pipe, spec, [*captions, *spec.class_prompts], can_sample=sample is not None)
-    check_validation(spec, data.validation)
-    buckets = make_buckets(pipe, spec, resolution)
     device = choose_device(spec, pipe)
-    precision = choose_precision(spec, pipe, device)
-    method: type[Trainer] = TRAINERS[spec.method]
-    remarks = method.remarks(spec, family=architecture(pipe), pictures=len(pictures.pictures))
-    lines = [
-        report(data, spec, buckets=buckets),
-        *(f"Warning: {remark}" for remark in remarks),
-        f"Method: {spec.method} in {precision} on {device}, learning rate {spec.unet_learning_rate:g}",
-    ]
+    processes = join(device)
+    with processes.together():
+        material = _material(
+            pipe, spec, processes.own(device, asked=spec.device), can_sample=sample is not None
+        )
+        job, saved = _begun(pipe, spec, material, processes, on_event if processes.main else _nobody, sample)
+        dtype = weight_dtype(pipe, material.device, material.precision)
+        with (
+            own_random_state(material.device),
+            execution(pipe, spec),
+            borrowed(pipe, device=material.device, dtype=dtype),
+        ):
+            return _fit(job, material, saved, stop)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a run reads, where it computes and how.
+
+    Attributes:
+        data: The pictures.
+        buckets: Sizes that they are brought to.
+        resolution: Side of the training pictures in pixels.
+        device: Where this process computes.
+        precision: Number type of the forward pass.
+    """
+
+    data: DataSet
+    buckets: Buckets
+    resolution: int
+    device: torch.device
+    precision: Precision
+
+
+def _material(
+    pipe: DiffusionPipeline, spec: TrainSpec, device: torch.device, *, can_sample: bool
+) -> _Material:
+    """Read the data and check all that can be checked before any work."""
+    data = read_dataset(spec)
+    captions = [full_caption(picture) for picture in data.all_pictures]
+    resolution = check_request(pipe, spec, [*captions, *spec.class_prompts], can_sample=can_sample)
+    check_validation(spec, data.validation)
+    check_execution(pipe, spec, device)
+    return _Material(
+        data, make_buckets(pipe, spec, resolution), resolution, device, choose_precision(spec, pipe, device)
+    )
+
+
+def _begun(
+    pipe: DiffusionPipeline,
+    spec: TrainSpec,
+    material: _Material,
+    processes: Processes,
+    on_event: OnEvent,
+    sample: SampleFunction | None,
+) -> tuple[Job, State | None]:
+    """Return the run, and the state that it goes on from; tell what it is about to do."""
+    data, precision = material.data, material.precision
     facts = base_facts(pipe)
     own = identity(
         spec,
         base=facts["studio.base"],
         precision=precision,
-        data={"data": pictures, "class_data": class_pictures, "validation": data.validation},
+        data={"data": data.pictures, "class_data": data.class_pictures, "validation": data.validation},
+        processes=processes.count,
     )
-    saved = _saved_state(spec, own, on_event) if spec.resume else None
-    on_event = _recorded(RunFolder(spec.output), on_event)
-    on_event(Event(kind="report", message="\n".join(lines), total=spec.steps))
+    check_alike(processes.main_says(in_step(spec, own)), in_step(spec, own), process=processes.index)
+    saved = processes.main_first(lambda: _saved_state(spec, own, on_event)) if spec.resume else None
+    _check_same_start(processes, saved)
+    if saved is None:
+        spec = spec.model_copy(update={"resume": False})
+    if processes.main:
+        on_event = _recorded(RunFolder(spec.output), on_event)
+    epoch_size = data.pictures.epoch_size
     job = Job(
         pipe=pipe,
         spec=spec,
         facts=facts
-        | run_facts(spec, pictures=pictures.epoch_size, resolution=resolution, precision=precision),
+        | run_facts(spec, pictures=epoch_size, resolution=material.resolution, precision=precision),
         identity=own,
-        num_pictures=pictures.epoch_size,
-        sample_prompt=with_trigger(spec.prompt or pictures.pictures[0].caption, Treatment.of(spec)),
+        num_pictures=epoch_size,
+        sample_prompt=with_trigger(spec.prompt or data.pictures.pictures[0].caption, Treatment.of(spec)),
         on_event=on_event,
         sample=sample,
+        processes=processes,
     )
-    trainer = method()
-    with own_random_state(device), borrowed(pipe, device=device, dtype=weight_dtype(pipe, device, precision)):
-        try:
-            if spec.has_class_pictures and class_pictures is None:
-                assert sample is not None
-                class_pictures = _drawn_class_pictures(job, sample, resolution, stop)
-            groups = trainer.prepare(pipe, spec)
-            exported = layers_of(trainer.export())
-            _check_format(exported, pipe, spec)
-            if note := size_note(exported):
-                job.tell(note)
-            del exported
-            batches = make_batches(
-                pipe, spec, pictures, class_pictures, buckets=buckets, device=device, tell=job.tell
+    on_event(Event(kind="report", message=_report(job, material), total=spec.steps))
+    return job, saved
+
+
+def _report(job: Job, material: _Material) -> str:
+    spec, data = job.spec, material.data
+    remarks = TRAINERS[spec.method].remarks(
+        spec, family=architecture(job.pipe), pictures=len(data.pictures.pictures)
+    )
+    lines = [
+        report(data, spec, buckets=material.buckets, processes=job.processes.count),
+        *(f"Warning: {remark}" for remark in remarks),
+        f"Method: {spec.method} in {material.precision} on {material.device}, learning rate "
+        f"{spec.unet_learning_rate:g}",
+    ]
+    return "\n".join(lines)
+
+
+def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], bool]) -> Adapter:
+    """Attach the method to the base, run the loop, and detach it."""
+    pipe, spec, device, data = job.pipe, job.spec, material.device, material.data
+    trainer: Trainer = TRAINERS[spec.method]()
+    try:
+        class_pictures = data.class_pictures
+        if spec.has_class_pictures and class_pictures is None:
+            class_pictures = job.processes.main_first(
+                lambda: _drawn_class_pictures(job, material.resolution, stop)
             )
+        groups = trainer.prepare(pipe, spec)
+        _check_adapter(trainer, job)
+        batches = make_batches(
+            pipe,
+            spec,
+            data.pictures,
+            class_pictures,
+            buckets=material.buckets,
+            device=device,
+            processes=job.processes.count,
+            tell=job.tell,
+        )
+        if job.processes.main:
             job.folder.begin(spec)
-            accelerator = make_accelerator(
-                device,
-                precision,
-                gradient_accumulation=spec.gradient_accumulation,
-                tracker=spec.tracker,
-                folder=job.folder.tracker,
-            )
-            held_out = (
-                make_validation(pipe, spec, data.validation, buckets=buckets, device=device)
-                if data.validation
-                else None
-            )
-            return Run(job, trainer, groups, batches, accelerator, saved, held_out).go(stop)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"the GPU's memory is not enough: {str(error).splitlines()[0]} "
-                "Lower batch_size or resolution, or turn gradient_checkpointing on."
-            ) from None
-        finally:
-            trainer.release()
+        accelerator = make_accelerator(
+            device,
+            material.precision,
+            gradient_accumulation=spec.gradient_accumulation,
+            tracker=spec.tracker,
+            folder=job.folder.tracker,
+        )
+        held_out = (
+            make_validation(pipe, spec, data.validation, buckets=material.buckets, device=device)
+            if data.validation
+            else None
+        )
+        return Run(job, trainer, groups, batches, accelerator, saved, held_out).go(stop)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is not enough: {str(error).splitlines()[0]} "
+            "Lower batch_size or resolution, or turn gradient_checkpointing on."
+        ) from None
+    finally:
+        trainer.release()
 
 
-def _saved_state(spec: TrainSpec, own: Identity, on_event: OnEvent) -> State:
-    """Return the state to go on from, of a run that is the same as this one."""
+def _saved_state(spec: TrainSpec, own: Identity, on_event: OnEvent) -> State | None:
+    """Return the state to go on from, of a run that is the same as this one, or None to start anew."""
 
     def tell(message: str) -> None:
         on_event(Event(kind="message", message=message, total=spec.steps))
 
     checkpoints = Checkpoints(RunFolder(spec.output).checkpoints, keep=spec.keep_checkpoints)
+    if spec.overwrite and not checkpoints.steps():
+        tell("There is no checkpoint to go on from: the run starts anew.")
+        return None
     step, state = checkpoints.newest(tell)
     check_same(state["identity"], own, step=step)
     if state["identity"]["steps"] != spec.steps and spec.schedule != "constant":
@@ -155,7 +241,25 @@ def _saved_state(spec: TrainSpec, own: Identity, on_event: OnEvent) -> State:
             f"Warning: the run was to have {state['identity']['steps']} steps, now {spec.steps}; its "
             "learning rate follows the new number from here on."
         )
+    before, now = state["identity"]["division"], own["division"]
+    if before != now:
+        changed = ", ".join(
+            f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]
+        )
+        tell(
+            f"Warning: {changed}. Steps have the same samples, but sums are rounded in another order and "
+            "dropout differs from here on."
+        )
     return state
+
+
+def _check_same_start(processes: Processes, saved: State | None) -> None:
+    begun = 0 if saved is None else saved["done"]
+    if (first := processes.main_says(begun)) != begun:
+        raise TrainingError(
+            f"process {processes.index} finds a checkpoint after step {begun}, process 0 one after step "
+            f"{first}. Put the output where all machines see the same files."
+        )
 
 
 def _recorded(folder: RunFolder, on_event: OnEvent) -> OnEvent:
@@ -168,8 +272,31 @@ def _recorded(folder: RunFolder, on_event: OnEvent) -> OnEvent:
     return tell
 
 
+def _nobody(_: Event) -> None:
+    """Take an event that another process tells of."""
+
+
+def _check_adapter(trainer: Trainer, job: Job) -> None:
+    """Say how large the file becomes, and try its format before the work rather than after it."""
+    exported = layers_of(trainer.export())
+    _check_format(exported, job.pipe, job.spec)
+    if job.spec.quantize_base != "none" and job.spec.sample_every:
+        _check_live(exported)
+    if note := size_note(exported):
+        job.tell(note)
+
+
+def _check_live(adapter: Adapter) -> None:
+    """Check that samples can be drawn where nothing can be merged into the weights."""
+    changes = {name: [(change, 1.0)] for name, change in adapter.changes.items() if name.startswith("unet.")}
+    if why := LiveLayers.why_not(changes):
+        raise TrainingError(
+            f"sample_every: no samples can be drawn on a quantised base with this method: {why}. Set "
+            "sample_every to 0."
+        )
+
+
 def _check_format(adapter: Adapter, pipe: DiffusionPipeline, spec: TrainSpec) -> None:
-    """Try the file format on one change before the work rather than on all after it."""
     first = dict(itertools.islice(adapter.changes.items(), 1))
     names = canonical_names(components_of(pipe))
     form = FORMATS[spec.file_format]
@@ -184,10 +311,9 @@ def _check_format(adapter: Adapter, pipe: DiffusionPipeline, spec: TrainSpec) ->
         ) from None
 
 
-def _drawn_class_pictures(
-    job: Job, sample: SampleFunction, resolution: int, stop: Callable[[], bool]
-) -> PictureSet:
-    pipe = job.pipe
+def _drawn_class_pictures(job: Job, resolution: int, stop: Callable[[], bool]) -> PictureSet:
+    pipe, sample = job.pipe, job.sample
+    assert sample is not None
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         # Pipelines expect the autoencoder in the UNet's number type.

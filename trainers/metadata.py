@@ -78,7 +78,7 @@ def run_facts(spec: TrainSpec, *, pictures: int, resolution: int, precision: str
     return facts | {key: value for key, value in said.items() if value}
 
 
-def progress_facts(spec: TrainSpec, *, steps: int, pictures: int) -> dict[str, str]:
+def progress_facts(spec: TrainSpec, *, steps: int, pictures: int, processes: int = 1) -> dict[str, str]:
     """Return what the file says about how far training came."""
-    epochs = math.ceil(steps * spec.batch_size * spec.gradient_accumulation / pictures)
+    epochs = math.ceil(steps * spec.batch_size * spec.gradient_accumulation * processes / pictures)
     return {"ss_steps": str(steps), "ss_epoch": str(epochs), "ss_num_epochs": str(epochs)}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.kinds.oft import block_side, rotation_step
+from studio.models.quantization import weight_shape
 
 
 class RotatedOutput(nn.Module):
@@ -21,7 +22,7 @@ class RotatedOutput(nn.Module):
     def __init__(self, base_layer: Any, *, largest: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        outputs, device = base_layer.weight.shape[0], base_layer.weight.device
+        outputs, device = weight_shape(base_layer.weight)[0], base_layer.weight.device
         side = block_side(outputs, largest=largest)
         self.blocks = nn.Parameter(torch.zeros(outputs // side, side, side, device=device))
         """``B``, ``[blocks, side, side]``, of which only the antisymmetric part counts."""

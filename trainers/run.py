@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -16,18 +17,19 @@ from studio.errors import OutputError, TrainingError
 from studio.specs.events import Event
 from studio.trainers.base import ParameterGroup, Trainer
 from studio.trainers.checkpoint import Checkpoints, State, read
+from studio.trainers.course import Course
 from studio.trainers.ema import Ema, mean_of, set_values
-from studio.trainers.estimate import FirstSteps, estimate
+from studio.trainers.estimate import Estimate, FirstSteps, estimate
 from studio.trainers.evaluate import mean_loss
 from studio.trainers.guard import Guard
 from studio.trainers.inputs import make_prompts
 from studio.trainers.job import Job
 from studio.trainers.losses import Loss
-from studio.trainers.runtime import rate_factor
-from studio.trainers.step import Batches, Latents, TrainStep
+from studio.trainers.offload import Encoders
+from studio.trainers.runtime import rate_factor, turn_checkpointing_on
+from studio.trainers.step import Batch, Batches, Latents, Prompts, TrainStep
 from studio.trainers.validation import DRAWS, Validation
 
-SMOOTHING = 0.95
 PATIENCE = 30
 """Steps in a row that a loss scaler may skip before training counts as stuck."""
 
@@ -55,56 +57,83 @@ class Run:
         saved: State | None = None,
         held_out: Latents | None = None,
     ) -> None:
-        pipe, spec = job.pipe, job.spec
+        spec = job.spec
         self._job, self._trainer, self._groups, self._batches = job, trainer, groups, batches
-        self._accelerator = accelerator
+        self._accelerator, self._processes = accelerator, job.processes
         self._parameters = [parameter for group in groups for parameter in group.parameters]
         self._begun = self._done = self._skipped = 0
-        self._smoothed = self._seconds = 0.0
+        self._course = Course(groups)
         self._checkpoints = Checkpoints(job.folder.checkpoints, keep=spec.keep_checkpoints)
         self._checkpointed: int | None = None
         # Whether parameters and optimizer are as they are after ``_done`` steps.
         self._settled = True
-        self._trained = [getattr(pipe, name) for name in dict.fromkeys(group.name for group in groups)]
+        self._trained = [getattr(job.pipe, name) for name in dict.fromkeys(group.name for group in groups)]
         if spec.gradient_checkpointing:
-            turn_checkpointing_on([pipe.unet, *self._trained])
-        prompts = make_prompts(
-            pipe,
-            spec,
-            batches.recurring_captions,
-            trained=any(group.name.startswith("text_encoder") for group in groups),
-            precision=str(accelerator.mixed_precision),
+            turn_checkpointing_on([job.pipe.unet, *self._trained])
+        prompts = self._prompts()
+        self._encoders = Encoders(job.pipe, batches, prompts, offload=spec.offload_encoders)
+        step = TrainStep(job.pipe, loss=Loss.of(spec), prompts=prompts)
+        self._set_start(step, saved)
+        self._ema = Ema(self._parameters, decay=spec.ema_decay) if spec.ema_decay else None
+        self._validation = self._make_validation(prompts, held_out)
+        self._prepare(step, saved)
+        self._guard = Guard(self._parameters, steps=self._done)
+        self._estimate = self._estimated()
+        device = next(job.pipe.unet.parameters()).device
+        self._first_steps = FirstSteps(self._estimate, device, steps=spec.steps - self._done)
+
+    def _prompts(self) -> Prompts:
+        job = self._job
+        return make_prompts(
+            job.pipe,
+            job.spec,
+            self._batches.recurring_captions,
+            trained=any(group.name.startswith("text_encoder") for group in self._groups),
+            precision=str(self._accelerator.mixed_precision),
             tell=job.tell,
         )
-        step = TrainStep(pipe, loss=Loss.of(spec), prompts=prompts)
+
+    def _set_start(self, step: TrainStep, saved: State | None) -> None:
+        """Give the parameters the values that they start or go on from."""
         if saved is None:
-            trainer.warm_start(lambda number: self._first_look(step, number))
+            self._trainer.warm_start(lambda number: self._first_look(step, number), self._processes)
         else:
-            self._load_parameters(saved)
-        self._ema = Ema(self._parameters, decay=spec.ema_decay) if spec.ema_decay else None
-        self._validation: Validation | None = None
-        if held_out is not None:
-            # The plain error, to be compared between runs whatever they are trained with.
-            plain = TrainStep(pipe, prompts=prompts)
-            self._validation = Validation(lambda: self._measure(plain, held_out), patience=spec.patience)
-        optimizer = trainer.optimizer(groups, name=spec.optimizer, weight_decay=spec.weight_decay)
+            self._trainer.load_state(saved["method"])
+            set_values(self._parameters, saved["parameters"])
+        self._processes.equalize(self._parameters)
+        self._trainer.values_set()
+
+    def _make_validation(self, prompts: Prompts, held_out: Latents | None) -> Validation | None:
+        if held_out is None:
+            return None
+        # The plain error, to be compared between runs whatever they are trained with.
+        plain = TrainStep(self._job.pipe, prompts=prompts)
+        return Validation(lambda: self._measure(plain, held_out), patience=self._job.spec.patience)
+
+    def _prepare(self, step: TrainStep, saved: State | None) -> None:
+        """Make what takes the steps, as it is after those that are done."""
+        spec, accelerator = self._job.spec, self._accelerator
+        optimizer = self._trainer.optimizer(self._groups, name=spec.optimizer, weight_decay=spec.weight_decay)
         if saved is not None:
             self._load_progress(saved, optimizer)
-        self._guard = Guard(self._parameters, steps=self._done)
         # A pure function of the step, so it needs no state of its own.
         self._rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda done: rate_factor(spec, done), last_epoch=self._done - 1
         )
-        self._step, self._optimizer = accelerator.prepare(step, optimizer)
-        self._estimate = estimate(
-            pipe,
+        # Without accelerate's DDP, which would write to the base's frozen weights, and which knows nothing of
+        # parameters that are not the networks' own, such as SaRA's: gradients are averaged below.
+        self._step = accelerator.prepare_model(step, evaluation_mode=True)
+        self._optimizer = accelerator.prepare_optimizer(optimizer)
+
+    def _estimated(self) -> Estimate:
+        return estimate(
+            self._job.pipe,
             self._parameters,
-            aside=trainer.aside,
-            optimizer=spec.optimizer,
+            aside=self._trainer.aside,
+            optimizer=self._job.spec.optimizer,
             averaged=self._ema is not None,
+            away=self._encoders.resting,
         )
-        device = next(pipe.unet.parameters()).device
-        self._first_steps = FirstSteps(self._estimate, device, steps=spec.steps - self._done)
 
     def go(self, stop: Callable[[], bool]) -> Adapter:
         """Train to the end or until told to stop and return the adapter."""
@@ -114,6 +143,7 @@ class Run:
         else:
             self._draw()
             self._validate()
+        self._encoders.rest(range(self._done, self._job.spec.steps), self._job.tell)
         self._train_mode(True)
         self._first_steps.begin()
         try:
@@ -124,7 +154,9 @@ class Run:
             self._rescue()
             raise
         finally:
-            self._accelerator.end_training()
+            # accelerate's own ending would also part the processes, which may have more runs before them.
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
         if self._job.spec.average_last and not stopped:
             self._average(self._job.spec.average_last)
         return self._export()
@@ -133,7 +165,7 @@ class Run:
         """Do the steps that are left; return whether it was told to stop before their end."""
         spec = self._job.spec
         while self._done < spec.steps:
-            if stop():
+            if self._processes.any(stop()):
                 self._checkpoint()
                 self._job.tell(f"Stopped after {self._done} of {spec.steps} steps.", step=self._done)
                 return True
@@ -144,8 +176,7 @@ class Run:
             if spec.checkpoint_every and (done % spec.checkpoint_every == 0 or done == spec.steps):
                 self._checkpoint()
             if spec.save_every and done % spec.save_every == 0 and done < spec.steps:
-                self._job.save(self._export(), self._job.folder.adapter(done), step=done)
-                self._job.folder.prune_adapters(spec.keep_adapters)
+                self._save(self._job.folder.adapter(done))
             if spec.sample_every and (done % spec.sample_every == 0 or done == spec.steps):
                 self._draw()
             if self._validation is not None and self._validation.exhausted:
@@ -166,11 +197,9 @@ class Run:
         self._trainer.after_step(self._done)
         if self._ema is not None:
             self._ema.update()
-        self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
         self._settled = True
         took = time.perf_counter() - start
-        self._seconds += took
-        values = self._values(loss, rates)
+        values = self._course.advance(loss, took, rates, done=self._done)
         self._job.on_event(Event(kind="progress", step=self._done, total=self._job.spec.steps, values=values))
         self._accelerator.log(values, step=self._done)
         number = self._done - self._begun
@@ -178,26 +207,39 @@ class Run:
             self._job.tell(measured)
 
     def _first_look(self, step: TrainStep, number: int) -> Tensor:
-        """Return the loss of a batch before training."""
-        size = self._job.spec.batch_size
+        """Return the loss of this process's share of a batch before training."""
         with self._accelerator.autocast():
-            loss: Tensor = step(self._batches.batch(number * size, size))
+            loss: Tensor = step(self._batch(self._place(number)))
         return loss
+
+    def _place(self, number: int) -> int:
+        """Return the place of a forward pass of this process among those of all.
+
+        So what a step sees, and drops out, is the same in several processes as with as many accumulated.
+
+        Args:
+            number: Forward passes that this process has done before.
+        """
+        return number * self._processes.count + self._processes.index
+
+    def _batch(self, place: int) -> Batch:
+        size = self._job.spec.batch_size
+        return self._batches.batch(place * size, size)
 
     def _optimizer_step(self, done: int) -> float:
         """Do one optimizer step and return its mean loss."""
         spec, accelerator = self._job.spec, self._accelerator
         losses: list[Tensor] = []
         for part in range(spec.gradient_accumulation):
-            number = done * spec.gradient_accumulation + part
+            place = self._place(done * spec.gradient_accumulation + part)
             # Dropout draws from the global state; seeded here it depends on nothing that ran before.
-            torch.manual_seed(derived_seed(spec.seed, number, "dropout"))
+            torch.manual_seed(derived_seed(spec.seed, place, "dropout"))
             with accelerator.accumulate(self._step):
-                loss = self._step(self._batches.batch(number * spec.batch_size, spec.batch_size))
+                loss = self._step(self._batch(place))
                 accelerator.backward(loss)
                 losses.append(loss.detach())
                 if accelerator.sync_gradients:
-                    mean = float(torch.stack(losses).mean())
+                    mean = self._processes.mean(float(torch.stack(losses).mean()))
                     self._check(done, mean)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
@@ -212,6 +254,7 @@ class Run:
         if not math.isfinite(loss):
             self._diverged(done + 1, "the loss")
         self._settled = False
+        self._processes.average_gradients(self._parameters)
         # Unscaling is allowed once, and accelerate's clipping would do it again.
         self._accelerator.unscale_gradients()
         self._trainer.before_clipping(done + 1)
@@ -229,8 +272,9 @@ class Run:
             self._guard.restore()
             good = self._guard.steps
             path = self._job.folder.adapter(good, "last-good")
-            adapter = self._job.described(self._trainer.export(), step=good)
-            self._job.save(adapter, path, step=good)
+            if self._processes.main:
+                adapter = self._job.described(self._trainer.export(), step=good)
+                self._job.save(adapter, path, step=good)
             rescued = f"The adapter as it was after step {good} is saved as {path}."
         rate = self._job.spec.unet_learning_rate
         precision = " or set precision to bf16 or fp32" if self._accelerator.mixed_precision == "fp16" else ""
@@ -238,19 +282,6 @@ class Run:
             f"{what} is no longer finite at step {step}. Lower learning_rate "
             f"(now {rate:g}, try {rate / 10:g}){precision}. {rescued}"
         )
-
-    def _values(self, loss: float, rates: Sequence[float]) -> dict[str, float]:
-        values = {
-            "loss": loss,
-            # Without the divisor the average would start near zero.
-            "loss_smoothed": self._smoothed / (1 - SMOOTHING**self._done),
-            "steps_per_second": (self._done - self._begun) / self._seconds,
-        }
-        for group, rate in zip(self._groups, rates, strict=True):
-            # Of a component with several rates the first.
-            name = "learning_rate" if group.name == "unet" else f"{group.name}_learning_rate"
-            values.setdefault(name, rate)
-        return values
 
     def _export(self) -> Adapter:
         """Return the adapter so far, of the averaged parameters where they are averaged."""
@@ -266,11 +297,13 @@ class Run:
         """Return the loss on what is held out, of the parameters that would be written."""
         averaged = contextlib.nullcontext() if self._ema is None else self._ema.applied()
         self._train_mode(False)
-        with averaged, self._accelerator.autocast():
+        with self._encoders.awake(), averaged, self._accelerator.autocast():
             self._trainer.values_set()
             number = max(DRAWS, len(held_out.samples.pictures))
             size, seed = self._job.spec.batch_size, self._job.spec.seed
-            loss = mean_loss(step, held_out, num=number, batch_size=size, seed=seed)
+            loss = mean_loss(
+                step, held_out, num=number, batch_size=size, seed=seed, processes=self._processes
+            )
         self._trainer.values_set()
         self._train_mode(True)
         return loss
@@ -287,15 +320,21 @@ class Run:
         )
         self._accelerator.log(values, step=self._done)
         if better and self._done:
-            job.save(self._export(), job.folder.best_adapter, step=self._done)
+            self._save(job.folder.best_adapter)
+
+    def _save(self, path: Path) -> None:
+        """Write the adapter so far; those of earlier steps that are not to be kept make room."""
+        if self._processes.main:
+            self._job.save(self._export(), path, step=self._done)
+            self._job.folder.prune_adapters(self._job.spec.keep_adapters)
 
     def _draw(self) -> None:
         job = self._job
-        if not job.spec.sample_every or job.sample is None:
+        if not job.spec.sample_every or job.sample is None or not self._processes.main:
             return
         adapter = self._export() if self._done else None
         self._train_mode(False)
-        with self._trainer.suspended():
+        with self._trainer.suspended(), self._encoders.awake():
             job.draw(adapter, step=self._done)
         self._train_mode(True)
 
@@ -309,12 +348,18 @@ class Run:
             return
         if not self._guard.healthy():
             self._diverged(self._done, "the adapter")
+        if self._processes.main:
+            path = self._checkpoints.save(self._done, self._state())
+            self._job.tell(f"Checkpoint after step {self._done}: {path}", step=self._done)
+        self._checkpointed = self._done
+
+    def _state(self) -> State:
         scaler = self._accelerator.scaler
-        state = {
+        return {
             "identity": self._job.identity,
             "done": self._done,
             "skipped": self._skipped,
-            "smoothed": self._smoothed,
+            "smoothed": self._course.smoothed,
             "parameters": [parameter.detach() for parameter in self._parameters],
             "method": self._trainer.state(),
             "optimizer": self._optimizer.state_dict(),
@@ -322,9 +367,6 @@ class Run:
             "ema": None if self._ema is None else self._ema.state(),
             "validation": None if self._validation is None else self._validation.state(),
         }
-        path = self._checkpoints.save(self._done, state)
-        self._checkpointed = self._done
-        self._job.tell(f"Checkpoint after step {self._done}: {path}", step=self._done)
 
     def _rescue(self) -> None:
         """After an error, keep the steps that are done where they are good."""
@@ -332,11 +374,6 @@ class Run:
             # What went wrong first is what the user must learn of.
             with contextlib.suppress(OutputError):
                 self._checkpoint()
-
-    def _load_parameters(self, saved: State) -> None:
-        self._trainer.load_state(saved["method"])
-        set_values(self._parameters, saved["parameters"])
-        self._trainer.values_set()
 
     def _load_progress(self, saved: State, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(saved["optimizer"])
@@ -347,25 +384,15 @@ class Run:
         if self._validation is not None:
             self._validation.load_state(saved["validation"])
         self._begun = self._done = self._checkpointed = saved["done"]
-        self._skipped, self._smoothed = saved["skipped"], saved["smoothed"]
+        self._skipped, self._course.smoothed = saved["skipped"], saved["smoothed"]
 
     def _average(self, number: int) -> None:
         """Give the parameters their mean over the last checkpoints that have as many of them."""
-        states = [read(self._checkpoints.path(step))["parameters"] for step in self._checkpoints.steps()]
-        shapes = [parameter.shape for parameter in self._parameters]
-        alike = [state for state in states if [value.shape for value in state] == shapes][-number:]
-        set_values(self._parameters, mean_of(alike))
+        if self._processes.main:
+            states = [read(self._checkpoints.path(step))["parameters"] for step in self._checkpoints.steps()]
+            shapes = [parameter.shape for parameter in self._parameters]
+            alike = [state for state in states if [value.shape for value in state] == shapes][-number:]
+            set_values(self._parameters, mean_of(alike))
+            self._job.tell(f"The adapter is the mean of the last {len(alike)} checkpoints.", step=self._done)
+        self._processes.equalize(self._parameters)
         self._trainer.values_set()
-        self._job.tell(f"The adapter is the mean of the last {len(alike)} checkpoints.", step=self._done)
-
-
-def turn_checkpointing_on(parts: Sequence[Any]) -> None:
-    """Have networks of diffusers and transformers trade time for memory in the backward pass."""
-    for part in dict.fromkeys(parts):
-        # transformers renamed it within version 5.
-        names = (
-            "enable_gradient_checkpointing",
-            "activation_checkpointing_enable",
-            "gradient_checkpointing_enable",
-        )
-        next(getattr(part, name) for name in names if hasattr(part, name))()

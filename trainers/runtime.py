@@ -2,21 +2,23 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from diffusers import DiffusionPipeline
 
 from studio.errors import TrainingError
 from studio.models.device import resolve_device
+from studio.models.execution import attention, check_attention, compiled
+from studio.models.quantization import quantization_of
 from studio.registry import nearest
 from studio.specs.train import TrainSpec
+from studio.trainers.offload import originals_on_cpu
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,7 +71,7 @@ def make_accelerator(
     tracker: str | None = None,
     folder: Path | None = None,
 ) -> Accelerator:
-    """Return an accelerator for one run.
+    """Return an accelerator for one run, whose processes have joined.
 
     Args:
         device: Where it computes.
@@ -79,16 +81,8 @@ def make_accelerator(
         folder: Where the tracker writes its files.
 
     Raises:
-        TrainingError: If the process is one of several that accelerate started, or the tracker is unknown or
-            not installed.
+        TrainingError: If the tracker is unknown or not installed.
     """
-    if PartialState(cpu=device.type == "cpu").num_processes > 1:
-        raise TrainingError(
-            "training in several processes at once is not supported. Start it without accelerate launch."
-        )
-    # accelerate keeps the settings of the first run for the life of the process; a worker runs many.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
     if tracker is not None and tracker not in known:
         raise TrainingError(
@@ -99,7 +93,8 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=gradient_accumulation,
+        # A plain number would give way to what accelerate's launcher says.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation),
         # Modules and batches are placed by us: the base may be asked onto another GPU than the first.
         device_placement=False,
         log_with=tracker,
@@ -108,6 +103,33 @@ def make_accelerator(
     if tracker is not None:
         accelerator.init_trackers("run")
     return accelerator
+
+
+def check_execution(pipe: DiffusionPipeline, spec: TrainSpec, device: torch.device) -> None:
+    """Check that the base can compute as asked and is held as asked.
+
+    Raises:
+        UsageError: If attention cannot be computed so on this machine.
+        TrainingError: If the base's weights are in another form.
+    """
+    check_attention(spec.attention, device)
+    own = quantization_of(pipe.unet)
+    if own != spec.quantize_base:
+        raise TrainingError(
+            f"quantize_base is '{spec.quantize_base}', the base given was loaded with '{own}'. Load it with "
+            f"load_base(..., quantize_base='{spec.quantize_base}'), or set the field to '{own}'."
+        )
+
+
+@contextlib.contextmanager
+def execution(pipe: DiffusionPipeline, spec: TrainSpec) -> Iterator[None]:
+    """Have a base compute as asked for the length of a run, and lie where it is to; afterwards as before."""
+    with (
+        attention(pipe.unet, spec.attention),
+        compiled(pipe.unet, spec.compile),
+        originals_on_cpu(pipe, spec.offload_encoders),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -120,6 +142,18 @@ def own_random_state(device: torch.device) -> Iterator[None]:
         torch.cuda.device(index) if cuda else contextlib.nullcontext(),
     ):
         yield
+
+
+def turn_checkpointing_on(parts: Sequence[Any]) -> None:
+    """Have networks of diffusers and transformers trade time for memory in the backward pass."""
+    for part in dict.fromkeys(parts):
+        # transformers renamed it within version 5.
+        names = (
+            "enable_gradient_checkpointing",
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )
+        next(getattr(part, name) for name in names if hasattr(part, name))()
 
 
 def rate_factor(spec: TrainSpec, step: int) -> float:

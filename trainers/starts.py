@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from studio.adapters.kinds.lora import LoraChange
 from studio.data.batches import derived_seed
 from studio.trainers.layer_method import PEFT_NAME, copied
+from studio.trainers.processes import ALONE, Processes
 
 OFFSET_NAME = "studio_start"
 """peft's name of the adapter that takes the start's product away again."""
@@ -97,7 +98,12 @@ def principal_part(layer: Any, *, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def start_from_gradient(
-    layers: Mapping[str, Any], loss: Callable[[int], Tensor], *, batches: int, seed: int
+    layers: Mapping[str, Any],
+    loss: Callable[[int], Tensor],
+    *,
+    batches: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> None:
     """Start so that the first step goes where full training would. LoRA-GA, arXiv:2407.05000, Alg. 1.
 
@@ -106,6 +112,7 @@ def start_from_gradient(
         loss: Of the n-th batch, with its graph.
         batches: How many to look at.
         seed: Of the decomposition.
+        processes: Those of which each has a share of the batches.
     """
     weights = {name: layer.base_layer.weight for name, layer in layers.items()}
     trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
@@ -117,6 +124,7 @@ def start_from_gradient(
             weight.requires_grad_(True)
         for number in range(batches):
             loss(number).backward()
+        processes.average_gradients(list(weights.values()))
         for name, layer in layers.items():
             gradient, rank = weights[name].grad, layer.r[PEFT_NAME]
             weights[name].grad = None
@@ -135,7 +143,12 @@ def start_from_gradient(
 
 
 def start_from_inputs(
-    layers: Mapping[str, Any], loss: Callable[[int], Tensor], *, batches: int, seed: int
+    layers: Mapping[str, Any],
+    loss: Callable[[int], Tensor],
+    *,
+    batches: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> None:
     """Start with the directions in which the layers' inputs vary most. EVA, arXiv:2410.07170, Sec. 3.
 
@@ -146,9 +159,10 @@ def start_from_inputs(
         loss: Of the n-th batch.
         batches: How many to look at.
         seed: Of the decompositions.
+        processes: Those of which each has a share of the batches.
     """
     seen = {
-        name: Directions(layer.base_layer, layer.r[PEFT_NAME], derived_seed(seed, name, "inputs"))
+        name: Directions(layer.base_layer, layer.r[PEFT_NAME], derived_seed(seed, name, "inputs"), processes)
         for name, layer in layers.items()
     }
     hooks = [layer.register_forward_pre_hook(seen[name].look) for name, layer in layers.items()]
@@ -175,11 +189,13 @@ class Directions:
         layer: The base's own, linear or convolution.
         rank: How many directions.
         seed: Of the decompositions.
+        processes: Those whose inputs are looked at together.
     """
 
     layer: Any
     rank: int
     seed: int
+    processes: Processes = ALONE
     _weighted: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -189,7 +205,7 @@ class Directions:
 
     def look(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Take in the inputs of a forward pass; fits a forward pre-hook."""
-        rows = self._rows(inputs[0].detach().float())
+        rows = self.processes.gathered(self._rows(inputs[0].detach().float()))
         if self._weighted is not None:
             rows = torch.cat([self._weighted, rows])
         # More than asked for: what is small in one batch may not be in the next.

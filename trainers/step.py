@@ -1,6 +1,6 @@
 """One forward pass of training: from latents, noise and captions to the loss."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -139,14 +139,14 @@ class Prompts:
     ) -> None:
         self._pipe = pipe
         self._cache = cache
-        self._trained = trained
+        self.trained = trained
         self._recurring = recurring
         # SDXL draws the empty prompt as zeros; samples without their caption must look the same.
         self._zero_empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
     def __call__(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return embeddings ``[B, tokens, width]`` and, for SDXL, pooled ones ``[B, width]``."""
-        if self._trained:
+        if self.trained:
             return self._encode(captions, device)
         # One by one, because a batch of others may round otherwise.
         known = {caption: self._tensors(caption, device) for caption in dict.fromkeys(captions)}
@@ -155,6 +155,11 @@ class Prompts:
         if "pooled" not in found[0]:
             return embeddings, None
         return embeddings, torch.cat([item["pooled"] for item in found]).to(device)
+
+    def encode(self, captions: Iterable[str], device: torch.device) -> None:
+        """Encode captions ahead of their use."""
+        for caption in captions:
+            self._tensors(caption, device)
 
     def _tensors(self, caption: str, device: torch.device) -> Tensors:
         def make() -> Tensors:
@@ -217,6 +222,14 @@ class Latents:
         posterior, noise = self.samples.noise(sample, mean.shape)
         return (mean + std * posterior - self._mean) * self._scale, noise
 
+    def encode(self, steps: range) -> None:
+        """Encode the pictures of optimizer steps ahead of their use, those that recur and each once."""
+        group = self.samples.group
+        course = (self.samples[index] for index in range(steps.start * group, steps.stop * group))
+        found = {(own.picture, own.box, own.size, own.flip): own for own in course if own.recurs}
+        for sample in found.values():
+            self._moments(sample)
+
     def batch(self, first: int, size: int) -> Batch:
         """Return the batch of ``size`` samples from a global index on, on the device."""
         return self.collate([self.samples[index] for index in range(first, first + size)])
@@ -278,12 +291,27 @@ class Batches:
 
     def __init__(self, subject: Latents, prior: Latents | None, *, prior_weight: float) -> None:
         self._subject, self._prior, self._prior_weight = subject, prior, prior_weight
+        self._parts = [subject] if prior is None else [subject, prior]
 
     @property
     def recurring_captions(self) -> frozenset[str]:
         """The captions that come again in every epoch."""
-        own = self._subject.samples.recurring_captions
-        return own | self._prior.samples.recurring_captions if self._prior is not None else own
+        return frozenset().union(*(part.samples.recurring_captions for part in self._parts))
+
+    @property
+    def captions_vary(self) -> bool:
+        """Whether a picture's caption differs from sample to sample, caption dropout apart."""
+        return any(part.samples.captions_vary for part in self._parts)
+
+    @property
+    def pixels_recur(self) -> bool:
+        """Whether every epoch shows the same pixels, mirrored or not."""
+        return all(part.samples.pixels_recur for part in self._parts)
+
+    def encode(self, steps: range) -> None:
+        """Encode the pictures of optimizer steps ahead of their use, those that recur and each once."""
+        for part in self._parts:
+            part.encode(steps)
 
     def batch(self, first: int, size: int) -> Batch:
         """Return ``size`` samples of each kind from a global index on."""

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from studio.errors import TrainingError
+from studio.models.quantization import weight_shape
 from studio.registry import nearest
 
 Targets = Literal["attention", "attention+ff", "all"]
@@ -111,7 +112,8 @@ def check_ranks(layers: Layers, ranks: Mapping[str, int], *, times: int = 1) -> 
         for name, layer in found.items():
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            sizes[f"{component}.{name}"] = (weight.shape[0], math.prod(weight.shape[1:]))
+            out_size, *inner = weight_shape(weight)
+            sizes[f"{component}.{name}"] = (out_size, math.prod(inner))
     small = {name: size for name, size in sizes.items() if min(size) < ranks[name] * times}
     if not small:
         return

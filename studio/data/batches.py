@@ -62,6 +62,9 @@ class Samples:
         noise_offset: Deviation of a number added to all noise of a channel, which lets a model learn to draw
             very dark and very bright pictures.
 
+    Attributes:
+        group: Samples of one optimizer step.
+
     Raises:
         DataError: If a picture fits no bucket.
     """
@@ -78,6 +81,7 @@ class Samples:
         noise_offset: float = 0.0,
     ) -> None:
         self._noise_offset = noise_offset
+        self.group = group
         self.pictures: Sequence[Picture] = pictures.pictures
         self._epoch_size = pictures.epoch_size
         self._seed = seed
@@ -91,6 +95,16 @@ class Samples:
         """The captions that come again in every epoch, which are worth keeping encoded."""
         found = (full_caption(picture) for picture in self.pictures if not varies(picture.treatment))
         return frozenset({"", *found})
+
+    @property
+    def captions_vary(self) -> bool:
+        """Whether a picture's caption differs from sample to sample, caption dropout apart."""
+        return any(varies(picture.treatment) for picture in self.pictures)
+
+    @property
+    def pixels_recur(self) -> bool:
+        """Whether every epoch shows the same pixels, mirrored or not."""
+        return all(picture.treatment.pixels_recur for picture in self.pictures)
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample of a global index."""
@@ -114,7 +128,7 @@ class Samples:
             box=cover_box(picture.size, size, along=0.5 if treatment.center_crop else along),
             color=self._color(epoch, index, treatment.color_jitter),
             timestep=timestep,
-            recurs=treatment.center_crop and not treatment.color_jitter,
+            recurs=treatment.pixels_recur,
         )
 
     def noise(self, sample: Sample, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -97,14 +97,9 @@ def caption_folder(
         if stop():
             return Captioned(tuple(written), kept, tuple(failed), stopped=True)
         try:
-            text = one_line(model(open_picture(path)))
+            written.append(_write(path.with_suffix(extension), _caption(path, model)))
         except DataError as error:
             failed.append(str(error))
-        else:
-            if text:
-                written.append(_write(path.with_suffix(extension), text))
-            else:
-                failed.append(f"{path.name}: the model said nothing")
         on_event(Event(kind="progress", message="captioning", step=number, total=len(wanted)))
     return Captioned(tuple(written), kept, tuple(failed))
 
@@ -211,6 +206,17 @@ class _Model:
     def _picture(self, image: Image.Image) -> Any:
         text = {} if self._prompt is None else {"text": self._prompt}
         return self._reader(images=image, return_tensors="pt", **text)
+
+
+def _caption(path: Path, model: Captioner) -> str:
+    """Return what a model says of a picture.
+
+    Raises:
+        DataError: If the picture cannot be read, or the model says nothing.
+    """
+    if text := one_line(model(open_picture(path))):
+        return text
+    raise DataError(f"{path.name}: the model said nothing")
 
 
 def _write(file: Path, text: str) -> Path:

@@ -1,6 +1,7 @@
 """Captions: read from files, taken apart into tags, and drawn for a sample."""
 
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from studio.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".caption", ".cap", ".tags", ".prompt")
 """Endings of caption files that a pattern such as ``.*`` is matched with."""
+
+_LETTER = r"[^\W_]"
 
 
 def caption_file(picture: Path, extension: str) -> Path | None:
@@ -103,12 +106,15 @@ def with_trigger(caption: str, treatment: Treatment) -> str:
 
 
 def _holds(caption: str, trigger: str) -> bool:
-    """Say whether a caption holds the trigger as words of its own; case does not count."""
+    """Say whether a caption holds the trigger with its marks, such as ``<``, and not within a longer word.
 
-    def words(text: str) -> str:
-        return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.casefold()).split())} "
-
-    return words(trigger) in words(caption)
+    Case does not count.
+    """
+    wanted, text = one_line(trigger.casefold()), one_line(caption.casefold())
+    # At a mark nothing longer can begin or end.
+    before = rf"(?<!{_LETTER})" if wanted[:1].isalnum() else ""
+    after = rf"(?!{_LETTER})" if wanted[-1:].isalnum() else ""
+    return re.search(before + re.escape(wanted) + after, text) is not None
 
 
 def _joined(parts: Sequence[str], treatment: Treatment) -> str:

@@ -25,6 +25,11 @@ class Treatment:
     color_jitter: float = 0.0
     unmasked_weight: float = 0.0
 
+    @property
+    def pixels_recur(self) -> bool:
+        """Whether every epoch shows the same pixels, mirrored or not."""
+        return self.center_crop and not self.color_jitter
+
     @classmethod
     def of(cls, spec: DataSpec) -> Self:
         """Return what a specification asks for."""

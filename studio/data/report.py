@@ -13,21 +13,23 @@ from studio.specs.train import TrainSpec
 MOST_TAGS = 10
 
 
-def report(data: DataSet, spec: TrainSpec, *, buckets: Buckets) -> str:
+def report(data: DataSet, spec: TrainSpec, *, buckets: Buckets, processes: int = 1) -> str:
     """Return the report: pictures, sizes, captions, the amount of training, and what may be unintended.
 
     Args:
         data: The pictures; those that the base draws are known from the specification.
         spec: The run.
         buckets: Sizes that the pictures are brought to.
+        processes: How many take a share of each step.
 
     Raises:
         DataError: If a picture fits no bucket.
     """
     pictures = data.pictures
     members = buckets.assign(pictures.pictures)
-    samples = spec.steps * spec.batch_size * spec.gradient_accumulation
-    accumulated = f" x {spec.gradient_accumulation} accumulated" if spec.gradient_accumulation > 1 else ""
+    samples = spec.steps * spec.batch_size * spec.gradient_accumulation * processes
+    factors = {"accumulated": spec.gradient_accumulation, "processes": processes}
+    times = "".join(f" x {number} {word}" for word, number in factors.items() if number > 1)
     sizes = [f"{width} x {height} px" for width, height in members]
     lines = [
         f"Pictures: {len(pictures.pictures)} in {pictures.folder}",
@@ -37,7 +39,7 @@ def report(data: DataSet, spec: TrainSpec, *, buckets: Buckets) -> str:
         *_tags(pictures, spec),
         *_masks(pictures),
         f"Training: {sizes[0] if len(sizes) == 1 else f'{len(sizes)} sizes'}, {spec.steps} steps of batch "
-        f"{spec.batch_size}{accumulated} = {samples} samples, {samples / pictures.epoch_size:.3g} epochs",
+        f"{spec.batch_size}{times} = {samples} samples, {samples / pictures.epoch_size:.3g} epochs",
     ]
     if len(sizes) > 1:
         shown = [f"{size}: {len(found)}" for size, found in zip(sizes, members.values(), strict=True)]

@@ -16,8 +16,10 @@ from studio.models.architecture import Architecture, architecture
 from studio.models.device import resolve_device, resolve_dtype
 from studio.models.fingerprint import fingerprint
 from studio.models.prompts import check_prompt
+from studio.models.quantization import check_quantization, quantize
 from studio.models.schedulers import make_scheduler
 from studio.registry import nearest
+from studio.specs.execution import Quantization
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,20 +57,24 @@ def starter_path(name: str = "starter") -> Path:
     return folder
 
 
-def load_base(base: str | Path, *, device: str = "auto", precision: str = "auto") -> "DiffusionPipeline":
+def load_base(
+    base: str | Path, *, device: str = "auto", precision: str = "auto", quantize_base: Quantization = "none"
+) -> "DiffusionPipeline":
     """Return a base model as an ordinary diffusers pipeline, its progress bars off, no safety checker.
 
     Args:
         base: "starter", a diffusers folder, a single .safetensors checkpoint, or a hub id.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: "auto" (fp32 on the CPU, fp16 on a GPU), "fp32", "fp16", "bf16".
+        quantize_base: "int8" or "nf4" holds the UNet's transformer blocks in 8 or 4 bits (bitsandbytes).
 
     Raises:
         BaseModelError: If the base cannot be found, read or used.
-        UsageError: If the device or the precision does not exist.
+        UsageError: If the device or the precision does not exist, or weights cannot be quantised here.
     """
     place = resolve_device(device)
     dtype = resolve_dtype(precision, place)
+    check_quantization(quantize_base, place)
     source = find_base(base)
     with bars_off():
         if isinstance(source, str):
@@ -78,6 +84,8 @@ def load_base(base: str | Path, *, device: str = "auto", precision: str = "auto"
         else:
             pipe = _from_single_file(source, dtype)
     architecture(pipe)
+    if quantize_base != "none":
+        quantize(pipe.unet, quantize_base, device=place)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
 

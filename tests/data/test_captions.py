@@ -74,6 +74,26 @@ def test_a_trigger_of_several_words_is_found_as_a_whole() -> None:
     assert full_caption(picture("sks and dog", trigger="sks dog")) == "sks dog, sks and dog"
 
 
+@pytest.mark.parametrize(
+    ("trigger", "caption", "holds"),
+    [
+        ("<dog>", "a dog", False),
+        ("<dog>", "a photo of <dog>, at night", True),
+        ("<dog>", "a <DOG>", True),
+        ("dog", "a <dog>", True),
+        ("sks-dog", "sks dog", False),
+        ("sks dog", "sks_dog", False),
+        ("sks", "sks_dog", True),
+        ("sks dog", "a photo of\nsks  dog", True),
+        ("a+b", "aab", False),
+        ("<s1>", "<s1><s2> dog", True),
+    ],
+)
+def test_a_trigger_with_marks_in_it_is_found_with_its_marks(trigger: str, caption: str, holds: bool) -> None:
+    wanted = caption if holds else f"{trigger}, {caption}"
+    assert full_caption(picture(caption, trigger=trigger)) == wanted
+
+
 def test_the_trigger_word_survives_shuffling_and_dropping() -> None:
     found = drawn(picture("dog, sks, sofa", trigger="sks", shuffle_tags=True, tag_dropout=0.6))
     assert all("sks" in tags(text, ",") for text in found) and len(set(found)) > 4

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from studio.trainers.borrow import borrowed, converted, networks
+from studio.trainers.borrow import ALIGNMENT, borrowed, converted, networks
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,22 @@ def test_a_base_is_lent_frozen_in_one_type_and_returns_with_its_tensors(tiny_sd:
     ]
     assert found == state and pipe.unet.training and not hasattr(pipe.unet, "marked_by_a_library")
     assert pipe.unet.conv_in.weight.grad is not None
+
+
+def test_a_lent_base_lies_in_memory_as_a_fresh_one_wherever_a_file_had_its_tensors(
+    tiny_sd: Callable[[], Any],
+) -> None:
+    unet = (pipe := tiny_sd()).unet
+    for parameter in unet.parameters():
+        room = torch.empty(parameter.numel() + 1)
+        parameter.data = room[1:].view(parameter.shape).copy_(parameter.data)
+    before = [(parameter.data_ptr(), parameter.clone()) for parameter in unet.parameters()]
+    assert all(place % ALIGNMENT for place, _ in before)
+    with borrowed(pipe, device=CPU, dtype=torch.float32):
+        lent = list(unet.parameters())
+        assert not any(parameter.data_ptr() % ALIGNMENT for parameter in lent)
+        assert all(torch.equal(p, value) for p, (_, value) in zip(lent, before, strict=True))
+    assert [parameter.data_ptr() for parameter in unet.parameters()] == [place for place, _ in before]
 
 
 def test_a_network_is_converted_for_a_block_only(tiny_sd: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -62,10 +63,7 @@ def settings(name: str) -> dict[str, Any]:
     )
     own = TRAINERS[given.get("method", "lora")].Options.model_fields
     rank = {} if "rank" not in own else {"rank": 2}
-    exclude = {"exclude": ("down_blocks.1", "up_blocks.1")} if "exclude" in own else {}
-    if given.get("method") == "b-lora":
-        exclude = {}
-    return {"steps": STEPS, "learning_rate": 1e-2, **rank, **exclude, **given}
+    return {"steps": STEPS, "learning_rate": 1e-2, **rank, **given}
 
 
 @pytest.fixture
@@ -283,24 +281,23 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(base: Any, run: Spec) -> Non
     assert not (RunFolder(run("lora").output).checkpoints).exists()
 
 
-# Trains as the tests above do, in a process of its own that stalls where it is told to.
+# Trains as the tests above do, in processes of their own that stall where they are told to.
 SCRIPT = """
-import sys, time
+import json, os, sys, time
 sys.path[:] = [entry for entry in sys.path if entry]
-import json, torch
+import torch
 from pathlib import Path
 from studio.models.base import load_base
 from studio.specs import TrainSpec
 from studio.trainers import checkpoint
 from studio.trainers.loop import train
 
-base, spec, where = sys.argv[1], TrainSpec.model_validate(json.loads(sys.argv[2])), sys.argv[3]
 torch.set_num_threads(1)
 write, saves = checkpoint.save_file, []
 
 def stall(what):
     if where == what:
-        print("stalled", flush=True)
+        print(os.getpid(), flush=True)
         time.sleep(600)
 
 def save(tensors, path, metadata):
@@ -313,24 +310,40 @@ def save(tensors, path, metadata):
         Path(path).write_bytes(content)
 
 checkpoint.save_file = save
-train(load_base(base, device="cpu"), spec, on_event=lambda event: event.step == 5 and stall("between"))
+for line in sys.stdin:
+    base, spec, where = json.loads(line)
+    if os.fork() == 0:
+        run = TrainSpec.model_validate(spec)
+        train(load_base(base, device="cpu"), run, on_event=lambda event: event.step == 5 and stall("between"))
+    os.wait()
 """
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Callable[..., None]]:
+    """Return a function that starts a run of a base and kills it in the midst of a place."""
+    words = [sys.executable, "-P", "-c", SCRIPT]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        given, said = process.stdin, process.stdout
+
+        def kill(base: Path, spec: TrainSpec, where: str) -> None:
+            print(json.dumps([str(base), spec.model_dump(mode="json"), where]), file=given, flush=True)
+            os.kill(int(said.readline()), signal.SIGKILL)
+
+        yield kill
+        process.kill()
 
 
 @pytest.mark.parametrize(("where", "goes_on_at"), [("during", 3), ("between", 5)])
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
-    base: Any, run: Spec, tmp_path: Path, where: str, goes_on_at: int
+    base: Any, run: Spec, tmp_path: Path, killed: Callable[..., None], where: str, goes_on_at: int
 ) -> None:
     base.save_pretrained(tmp_path / "base")
     pipe = load_base(str(tmp_path / "base"), device="cpu")
     in_one_go = train(pipe, run("lora"))
     spec = run("lora", checkpoint_every=2, overwrite=True)
-    words = [sys.executable, "-c", SCRIPT, str(tmp_path / "base"), spec.model_dump_json(), where]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ, cwd=tmp_path)
-    assert process.stdout is not None
-    with process:
-        assert process.stdout.readline() == "stalled\n"
-        process.kill()
+    killed(tmp_path / "base", spec, where)
     assert (RunFolder(spec.output).checkpoints / "000004.part").exists() == (where == "during")
     events: list[Event] = []
     resumed = train(pipe, run("lora", resume=True, checkpoint_every=2), on_event=events.append)

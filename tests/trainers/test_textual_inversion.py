@@ -136,7 +136,7 @@ def test_pivotal_tuning_writes_the_layers_and_the_token_apart_and_both_act_toget
     run: Callable[..., TrainSpec], tiny_sd: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = tiny_sd()
-    monkeypatch.setattr("studio.api._cached_base", lambda *_: pipe)
+    monkeypatch.setattr("studio.bases.cached_base", lambda *_: pipe)
     result = studio.train(run(method="lora", vectors=2, rank=2, save_every=2))
     assert {word: path.name for word, path in result.parts.items()} == {"token": "toy-token.safetensors"}
     layers, token = load_adapter(result.path, base=pipe), load_adapter(result.parts["token"], base=pipe)
@@ -156,7 +156,7 @@ def test_a_drawn_picture_can_name_a_token_from_a_file(
     run: Callable[..., TrainSpec], tiny_sd: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = tiny_sd()
-    monkeypatch.setattr("studio.api._cached_base", lambda *_: pipe)
+    monkeypatch.setattr("studio.bases.cached_base", lambda *_: pipe)
     result = studio.train(run(vectors=2))
     adapters: Mapping[str | Path, float] = {result.path: 1.0}
     shared: dict[str, Any] = {"steps": 2, "width": 64, "height": 64}

@@ -29,6 +29,11 @@ class Dora(LowRankMethod):
     format = "diffusers"
     use_dora = True
 
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str | None:
+        """Return what happens when peft's layers look at 8-bit weights to measure their lengths."""
+        return "peft's layers of DoRA lose the scales of 8-bit weights; take nf4" if kind == "int8" else None
+
     def parameters(self, layer: Any) -> "dict[str, nn.Parameter]":
         """Return the matrices and the magnitudes."""
         return {**super().parameters(layer), "magnitude": layer.lora_magnitude_vector[PEFT_NAME].weight}

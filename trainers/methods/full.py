@@ -6,7 +6,7 @@ cross-attention: ``blocks = ["attn2.to_k", "attn2.to_v"]``.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -53,6 +53,11 @@ class Full(Trainer):
         are of the order of 1e-2.
         """
         return 1e-5
+
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str:
+        """Return that the weights themselves are what learns."""
+        return "full trains the base's own weights, and quantised ones cannot learn"
 
     @property
     def aside(self) -> int:

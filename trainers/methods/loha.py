@@ -28,6 +28,11 @@ class Loha(LayerMethod):
     kind = "loha"
     options: LohaOptions
 
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str:
+        """Return what peft lacks."""
+        return "peft has no layers of LoHa for quantised weights"
+
     @property
     def rank_room(self) -> int:
         """Once: a higher rank than the layer's smaller side says nothing more."""

@@ -55,6 +55,11 @@ class Lokr(LayerMethod):
     kind = "lokr"
     options: LokrOptions
 
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str:
+        """Return what peft lacks."""
+        return "peft has no layers of LoKr for quantised weights"
+
     def add(self, module: "nn.Module", layers: "Mapping[str, nn.Module]", ranks: Mapping[str, int]) -> None:
         """Put peft's layers around these."""
         from peft import LoKrConfig

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from studio.adapters.kinds.lora import LoraChange
     from studio.trainers.base import ParameterGroup
     from studio.trainers.learned_tokens import LearnedToken
+    from studio.trainers.processes import Processes
 
 
 class LoraOptions(LowRankOptions, TokenOptions):
@@ -77,6 +78,18 @@ class Lora(LowRankMethod):
         """Return the token's, where one is trained."""
         assert isinstance(spec.options, LoraOptions)
         return ("token",) if spec.options.token else ()
+
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str | None:
+        """Return what a start sees of the weights that quantised ones do not show."""
+        assert isinstance(options, LoraOptions)
+        needs = {
+            "pissa": "takes the weights' principal parts",
+            "lora-ga": "takes the gradient of the weights",
+        }
+        if options.init not in needs:
+            return None
+        return f"the start '{options.init}' {needs[options.init]}, which quantised ones do not have"
 
     @classmethod
     def check_captions(cls, pipe: "DiffusionPipeline", spec: TrainSpec, captions: Sequence[str]) -> None:
@@ -180,15 +193,21 @@ class Lora(LowRankMethod):
             # For layers without a gradient: peft drew the offset's numbers from the global random state.
             set_offset(layer, layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight)
 
-    def warm_start(self, loss: "Callable[[int], Tensor]") -> None:
+    def warm_start(self, loss: "Callable[[int], Tensor]", processes: "Processes | None" = None) -> None:
         """Set the start of LoRA-GA or EVA from the first batches."""
+        from studio.trainers.processes import ALONE
         from studio.trainers.starts import start_from_gradient, start_from_inputs
 
-        layers = {f"{component}.{name}": layer for component, name, layer in self.added}
-        if self.options.init == "lora-ga":
-            start_from_gradient(layers, loss, batches=self.options.init_batches, seed=self.seed)
-        elif self.options.init == "eva":
-            start_from_inputs(layers, loss, batches=self.options.init_batches, seed=self.seed)
+        starts = {"lora-ga": start_from_gradient, "eva": start_from_inputs}
+        if self.options.init in starts:
+            layers = {f"{component}.{name}": layer for component, name, layer in self.added}
+            starts[self.options.init](
+                layers,
+                loss,
+                batches=self.options.init_batches,
+                seed=self.seed,
+                processes=processes or ALONE,
+            )
 
     def change(self, layer: Any) -> "LoraChange":
         """Return the product, less the one that it started from."""

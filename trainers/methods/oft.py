@@ -54,5 +54,6 @@ class Oft(LayerMethod):
     def change(self, layer: Any) -> "OftChange":
         """Return the rotation."""
         from studio.adapters.kinds.oft import OftChange
+        from studio.models.quantization import weight_shape
 
-        return OftChange(copied(layer.blocks), None, tuple(layer.base_layer.weight.shape))
+        return OftChange(copied(layer.blocks), None, weight_shape(layer.base_layer.weight))

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -106,6 +106,11 @@ class Sara(Trainer):
         assert isinstance(spec.options, SaraOptions)
         threshold = spec.options.threshold
         return 1e-3 if threshold is None else max(1e-3 * math.exp(-350 * threshold), LEAST_RATE)
+
+    @classmethod
+    def refuses_quantized(cls, options: Any, kind: str) -> str:
+        """Return that the weights themselves are what learns."""
+        return "sara trains entries of the base's own weights, and quantised ones cannot learn"
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
         """Select the entries and return them as one vector per component.
