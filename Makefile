@@ -7,15 +7,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := assets composition kernels studio tests trainers ui
+# What `make bench` runs: those that take a minute or two and write no results. Others by name, such as
+# `make bench BENCHMARKS=bench_b_lora`.
+BENCHMARKS ?= bench_compose bench_sparse_adamw
 
-.PHONY: help demo test lint fmt types bench setup clean
+.PHONY: help demo test lint fmt types bench bench-all setup clean
 help:
 	@echo "make demo    train an adapter on the embedded base model and draw with it"
 	@echo "make test    run all tests"
 	@echo "make lint    look for mistakes and unformatted files"
 	@echo "make fmt     format the code"
 	@echo "make types   check types"
-	@echo "make bench   run the benchmarks"
+	@echo "make bench   run the quick benchmarks: $(BENCHMARKS)"
+	@echo "make bench-all   run all benchmarks, which takes hours, and write their results"
 	@echo "make setup   only prepare the environment in $(VENV)"
 	@echo "make clean   remove the environment and everything built"
 
@@ -59,9 +63,10 @@ types: $(VENV)/.dev
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p studio
 
 bench: $(VENV)/.dev
-	@set -e; for script in tests/benchmarks/bench_*.py; do \
-		if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; \
-		else echo "There are no benchmarks in tests/benchmarks."; fi; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python tests/benchmarks/$$name.py; done
+
+bench-all:
+	@$(MAKE) bench BENCHMARKS="$(basename $(notdir $(sort $(wildcard tests/benchmarks/bench_*.py))))"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
         save_adapter,
         train,
     )
+    from studio.block_probe.probing import probe
     from studio.data.captioner import caption_folder
     from studio.errors import StudioError
-    from studio.probing import probe
-    from studio.specs import GenerateSpec, ProbeSpec, TrainSpec
+    from studio.merging.merge import MergeResult, merge
+    from studio.presets import preset
+    from studio.specs import GenerateSpec, MergeSpec, ProbeSpec, TrainSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GenerateSpec",
+    "MergeResult",
+    "MergeSpec",
     "ProbeSpec",
     "Result",
     "StudioError",
@@ -38,6 +42,8 @@ __all__ = [
     "generate_batch",
     "load_adapter",
     "load_base",
+    "merge",
+    "preset",
     "probe",
     "save_adapter",
     "train",
@@ -45,11 +51,15 @@ __all__ = [
 
 _HOMES = {
     "GenerateSpec": "studio.specs",
+    "MergeResult": "studio.merging.merge",
+    "MergeSpec": "studio.specs",
     "ProbeSpec": "studio.specs",
     "StudioError": "studio.errors",
     "TrainSpec": "studio.specs",
     "caption_folder": "studio.data.captioner",
-    "probe": "studio.probing",
+    "merge": "studio.merging.merge",
+    "preset": "studio.presets",
+    "probe": "studio.block_probe.probing",
 }
 
 

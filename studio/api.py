@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -10,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.adapters.files import load_adapter, save_adapter
+from studio.bases import base_to_draw, base_to_train, cached_base, execution
 from studio.composition.engine import compose
 from studio.errors import OutputError, UsageError
 from studio.generation import Settings, Stopped, draw, quiet, solver
 from studio.models.base import load_base
-from studio.models.device import resolve_device, resolve_dtype
+from studio.models.device import resolve_device
 from studio.png import infotext, write_png
-from studio.provenance import adapter_names, differences, facts_of
-from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec, parse_spec
+from studio.provenance import differences, facts_of
+from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec, adapter_names, parse_spec
 from studio.trainers import loop
 from studio.trainers.outputs import part_paths, save_trained
+from studio.trainers.processes import join
 from studio.trainers.run_folder import RunFolder
 from studio.workspace import workspace
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from studio.adapters.adapter import Adapter
+    from studio.specs.execution import Attention, Offload, Quantization
     from studio.trainers.job import SampleFunction
 
 __all__ = [
@@ -55,6 +57,8 @@ class TrainResult:
         seconds: Time of all, the loading of the base included.
         stopped: Whether it was asked to stop before its last step.
         parts: Files of the adapter's parts, by what the method calls them.
+        main: Whether this process wrote the files; of several that train together the first one does, and it
+            alone knows the losses.
     """
 
     path: Path
@@ -63,6 +67,7 @@ class TrainResult:
     seconds: float
     stopped: bool
     parts: Mapping[str, Path] = field(default_factory=dict)
+    main: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,12 @@ def train(
         TrainingError: If the run cannot start or go on.
     """
     start = time.monotonic()
-    parts = part_paths(spec.output, spec)
-    for path in (spec.output, *parts.values()):
-        _check_writable(path, overwrite=spec.may_replace)
+    processes = join(resolve_device(spec.device))
+    with processes.together():
+        parts = part_paths(spec.output, spec)
+        for path in (spec.output, *parts.values()):
+            _check_writable(path, overwrite=spec.may_replace)
+        pipe = base_to_train(spec, processes)
     tell = on_event or _nobody
     losses: list[float] = []
     stops: list[bool] = []
@@ -120,21 +128,21 @@ def train(
 
     if spec.cache == "disk" and spec.cache_folder is None:
         spec = spec.model_copy(update={"cache_folder": workspace().encoded})
-    # The CPU trains from fp32 weights whatever the forward pass computes in.
-    on_cpu = resolve_device(spec.device).type == "cpu"
-    pipe = _cached_base(spec.base, spec.device, "fp32" if on_cpu else spec.precision)
     with quiet(pipe):
         adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=_sampler(spec))
-    events = [
-        Event(kind="saved", path=path, message=f"wrote {path}")
-        for path in save_trained(adapter, spec.output, spec, base=pipe, overwrite=spec.may_replace)
-    ]
-    seconds = time.monotonic() - start
-    values = {"seconds": seconds} | ({"loss": losses[-1]} if losses else {})
-    for event in (*events, Event(kind="finished", path=spec.output, values=values)):
-        RunFolder(spec.output).record(event)
-        tell(event)
-    return TrainResult(spec.output, adapter, tuple(losses), seconds, bool(stops), parts)
+    with processes.together():
+        stopped = processes.any(bool(stops))
+        seconds = time.monotonic() - start
+        if processes.main:
+            events = [
+                Event(kind="saved", path=path, message=f"wrote {path}")
+                for path in save_trained(adapter, spec.output, spec, base=pipe, overwrite=spec.may_replace)
+            ]
+            values = {"seconds": seconds} | ({"loss": losses[-1]} if losses else {})
+            for event in (*events, Event(kind="finished", path=spec.output, values=values)):
+                RunFolder(spec.output).record(event)
+                tell(event)
+    return TrainResult(spec.output, adapter, tuple(losses), seconds, stopped, parts, processes.main)
 
 
 def generate(
@@ -175,6 +183,7 @@ def generate_batch(
     adapters: Mapping[str | Path, float] | None = None,
     method: str = "merge",
     options: Mapping[str, Any] | None = None,
+    modifiers: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 1,
     negative_prompt: str = "",
     steps: int = 25,
@@ -184,6 +193,11 @@ def generate_batch(
     scheduler: str = "default",
     precision: str = "auto",
     device: str = "auto",
+    attention: "Attention" = "auto",
+    quantize_base: "Quantization" = "none",
+    offload: "Offload" = "none",
+    vae_tiling: bool = False,
+    compile: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -199,6 +213,7 @@ def generate_batch(
         adapters: Weight by adapter file.
         method: How several adapters act together.
         options: Of the method.
+        modifiers: What to change of the method's plan, in this order: options by plan modifier.
         batch_size: Pictures drawn at once; it does not change their noise.
         negative_prompt: What to steer away from.
         steps: Denoising steps.
@@ -208,6 +223,11 @@ def generate_batch(
         scheduler: Solver.
         precision: Number type.
         device: Where to draw.
+        attention: How attention is computed.
+        quantize_base: What the UNet's transformer blocks are held in.
+        offload: What waits on the CPU.
+        vae_tiling: Decode tile by tile.
+        compile: Compile the UNet's transformer blocks.
         output: Folder to write each picture to, as `generate` does; None writes nothing.
         overwrite: Replace pictures of the same name.
         on_event: Told of progress in denoising steps and of each written picture.
@@ -225,6 +245,7 @@ def generate_batch(
         "adapters": [AdapterUse(path=Path(path), weight=weight) for path, weight in (adapters or {}).items()],
         "method": method,
         "options": options or {},
+        "modifiers": modifiers or {},
         "batch_size": batch_size,
         "negative_prompt": negative_prompt,
         "steps": steps,
@@ -234,6 +255,11 @@ def generate_batch(
         "scheduler": scheduler,
         "precision": precision,
         "device": device,
+        "attention": attention,
+        "quantize_base": quantize_base,
+        "offload": offload,
+        "vae_tiling": vae_tiling,
+        "compile": compile,
         "overwrite": overwrite,
         **({} if output is None else {"output": output}),
     }
@@ -269,13 +295,14 @@ def _draw_all(
     settings = Settings(first.negative_prompt, first.steps, first.guidance_scale, first.width, first.height)
     total = first.steps * len(specs)
     with ExitStack() as stack:
-        pipe = _cached_base(first.base, first.device, first.precision)
+        pipe = base_to_draw(first)
         stack.enter_context(quiet(pipe))
         sampler = stack.enter_context(solver(pipe, first.scheduler))
         # Before composing: inside, the fingerprint would be that of the composed weights.
         facts = facts_of(pipe, first, sampler=sampler)
         for line in differences(first, facts):
             tell(Event(kind="message", message=line))
+        stack.enter_context(execution(pipe, first))
         stack.enter_context(_composed(pipe, first))
         for start in range(0, len(specs), batch_size):
             batch = specs[start : start + batch_size]
@@ -301,7 +328,7 @@ def _draw_all(
 
 
 def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextManager[Any]:
-    if not spec.adapters:
+    if not spec.adapters and not spec.modifiers:
         return ExitStack()
     names = adapter_names(spec.adapters)
     adapters = {
@@ -309,7 +336,14 @@ def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextM
         for name, use in zip(names, spec.adapters, strict=True)
     }
     weights = {name: use.weight for name, use in zip(names, spec.adapters, strict=True)}
-    return compose(pipe, adapters, method=spec.method, weights=weights, options=spec.options)
+    return compose(
+        pipe,
+        adapters,
+        method=spec.method,
+        weights=weights,
+        options=spec.options,
+        modifiers=spec.modifiers,
+    )
 
 
 def _sampler(spec: TrainSpec) -> "SampleFunction":
@@ -328,29 +362,13 @@ def _sampler(spec: TrainSpec) -> "SampleFunction":
     return sample
 
 
-_BASES: "OrderedDict[tuple[str, str, str], DiffusionPipeline]" = OrderedDict()
-_KEPT_BASES = 1
-
-
 def warm(base: str, *, device: str = "auto", precision: str = "auto") -> None:
     """Load a base model ahead of the first `train` or `generate` that uses it.
 
     Raises:
         BaseModelError: If it cannot be loaded.
     """
-    _cached_base(base, device, precision)
-
-
-def _cached_base(base: str, device: str, precision: str) -> "DiffusionPipeline":
-    """Return the pipeline of the last run if it is the same, else load it and let the older one go first."""
-    place = resolve_device(device)
-    key = (base, str(place), str(resolve_dtype(precision, place)))
-    if key not in _BASES:
-        while len(_BASES) >= _KEPT_BASES:
-            _BASES.popitem(last=False)
-        _BASES[key] = load_base(base, device=device, precision=precision)
-    _BASES.move_to_end(key)
-    return _BASES[key]
+    cached_base(base, device, precision)
 
 
 def _check_writable(path: Path, *, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from studio import __version__
 from studio.errors import StudioError, UsageError
 from studio.flags import Parser, read_spec_arguments
 from studio.interrupt import SafeStop
-from studio.registry import COMPOSERS, FORMATS, KINDS, TRAINERS, nearest
-from studio.specs import GenerateSpec, ProbeSpec, TrainSpec
+from studio.presets import preset
+from studio.registry import FORMATS, nearest
+from studio.specs import GenerateSpec, MergeSpec, ProbeSpec, TrainSpec
 
 Command = Callable[[Parser, Sequence[str]], int]
 INTERRUPTED = 130
@@ -24,15 +26,25 @@ def train(parser: Parser, argv: Sequence[str]) -> int:
     """Fit an adapter to a folder of pictures."""
     parser.epilog = (
         "Ctrl-C stops safely and saves what is there; a second one gives up.\n\n"
-        "  studio train --data my_dog/ --prompt 'a photo of sks dog' --output dog.safetensors"
+        "  studio train --data my_dog/ --prompt 'a photo of sks dog' --output dog.safetensors\n"
+        "  studio train --preset subject --data my_dog/ --prompt 'a photo of sks dog' --output a.safetensors"
     )
-    spec, _ = read_spec_arguments(parser, TrainSpec, argv)
+    parser.add_argument(
+        "--preset",
+        action="append",
+        metavar="NAME",
+        help="settings to start from ('studio list presets'); of several the later wins, and --config and "
+        "flags win over all",
+    )
+    spec, _ = read_spec_arguments(parser, TrainSpec, argv, given=_preset_settings(argv))
     from studio.progress import Progress
 
     with SafeStop() as stop, Progress("training", say) as on_event:
         from studio import api
 
         result = api.train(spec, on_event=on_event, stop=stop)
+    if not result.main:
+        return INTERRUPTED if result.stopped else 0
     loss = f", last loss {result.losses[-1]:.4f}" if result.losses else ""
     print(f"{result.path}: {len(result.losses)} of {spec.steps} steps in {result.seconds:.0f} s{loss}")
     return INTERRUPTED if result.stopped else 0
@@ -67,7 +79,7 @@ def probe(parser: Parser, argv: Sequence[str]) -> int:
     from studio.progress import Progress
 
     with Progress("probing", say) as on_event:
-        from studio.probing import probe as measure
+        from studio.block_probe.probing import probe as measure
 
         report = measure(spec, on_event=on_event)
     for line in (*report.lines(), "", report.table, report.grid, report.bars):
@@ -137,29 +149,17 @@ def doctor(parser: Parser, argv: Sequence[str]) -> int:
 
 
 def show_names(parser: Parser, argv: Sequence[str]) -> int:
-    """List methods, formats, schedulers and base models."""
-    parser.parse_args(argv)
-    from typing import get_args
+    """List presets, methods, formats, schedulers and base models."""
+    from studio.listing import tables
 
-    tables: dict[str, dict[str, str]] = {
-        "training methods (studio train --method)": _described(TRAINERS),
-        "composition methods (studio generate --method)": _described(COMPOSERS),
-        "adapter formats (studio train --format, studio convert --format)": _described(FORMATS),
-        "adapter kinds": _described(KINDS),
-        "schedulers (studio generate --scheduler)": {
-            name: "" for name in get_args(GenerateSpec.model_fields["scheduler"].annotation)
-        },
-        "base models (--base)": {
-            "starter": "The small model that comes with the studio.",
-            "FOLDER": "A diffusers folder.",
-            "FILE.safetensors": "A single-file checkpoint.",
-            "OWNER/NAME": "A model of the Hugging Face hub; `studio doctor` names those already downloaded.",
-        },
-    }
-    for title, rows in tables.items():
-        print(title)
-        for name, text in rows.items():
-            print(f"  {name:<18} {text}".rstrip())
+    found = tables()
+    parser.add_argument("what", nargs="?", choices=list(found), help="one of these lists [all of them]")
+    what = parser.parse_args(argv).what
+    for topic, table in found.items():
+        if what in (None, topic):
+            print(table.title)
+            for name, text in table.rows.items():
+                print(f"  {name:<18} {text}".rstrip())
     return 0
 
 
@@ -182,13 +182,19 @@ def convert(parser: Parser, argv: Sequence[str]) -> int:
     target.add_argument(
         "--into-base", type=Path, metavar="FOLDER", help="diffusers folder to write, base and adapter merged"
     )
-    parser.add_argument("--format", metavar="NAME", help="of the file to write [diffusers]")
+    parser.add_argument("--format", metavar="NAME", help="of the file to write [diffusers, kohya if dense]")
     parser.add_argument("--base", default="starter", help="base model it was trained on [%(default)s]")
     parser.add_argument(
         "--precision", choices=("fp16", "bf16", "fp32"), help="number type to write [depends on the changes]"
     )
     parser.add_argument(
         "--rank", type=int, metavar="N", help="approximate every change by this rank; says what is lost"
+    )
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="write every entry of every change (.diff), for tools that do not load its kind, such as DoRA; "
+        "large, and --base must be the one it was trained on",
     )
     for flag, text in (
         ("--any-base", "take an adapter that names another base"),
@@ -197,11 +203,14 @@ def convert(parser: Parser, argv: Sequence[str]) -> int:
     ):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
     given = parser.parse_args(argv)
-    form, common = given.format or "diffusers", {key: getattr(given, key) for key in _CONVERT}
+    form = given.format or ("kohya" if given.dense else "diffusers")
+    common = {key: getattr(given, key) for key in _CONVERT}
     FORMATS[form]
     if given.into_base:
-        if given.format or given.rank is not None or given.overwrite:
-            raise UsageError("--into-base writes a whole new model. Leave out --format, --rank, --overwrite.")
+        if given.format or given.rank is not None or given.dense or given.overwrite:
+            raise UsageError(
+                "--into-base writes a whole new model. Leave out --format, --rank, --dense, --overwrite."
+            )
         from studio.conversion import merge_into_base
 
         print(merge_into_base(given.file, given.into_base, **common))
@@ -211,8 +220,28 @@ def convert(parser: Parser, argv: Sequence[str]) -> int:
     refuse_existing(given.output, overwrite=given.overwrite)
     from studio.conversion import convert_file
 
-    own = {"format": form, "rank": given.rank, "overwrite": given.overwrite, "say": say}
-    print(convert_file(given.file, given.output, **own, **common))
+    own = {key: getattr(given, key) for key in ("rank", "dense", "overwrite")}
+    print(convert_file(given.file, given.output, format=form, say=say, **own, **common))
+    return 0
+
+
+def merge(parser: Parser, argv: Sequence[str]) -> int:
+    """Merge adapters into one ordinary adapter; says what gets lost, before anything is written."""
+    parser.epilog = (
+        "  studio merge dog.safetensors:0.8 style.safetensors --how svd --rank 16 --output both.safetensors"
+    )
+    files = list(takewhile(lambda word: not word.startswith("-"), argv))
+    spec, _ = read_spec_arguments(
+        parser, MergeSpec, [*(f"--adapter={file}" for file in files), *argv[len(files) :]]
+    )
+    from studio.progress import Progress
+
+    with Progress("merging", say) as on_event:
+        from studio.merging.merge import merge as run
+
+        result = run(spec, on_event=on_event)
+    for line in (*result.report.lines(), *result.paths):
+        print(line)
     return 0
 
 
@@ -263,6 +292,7 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "inspect": inspect,
     "convert": convert,
+    "merge": merge,
     "probe": probe,
     "jobs": jobs,
     "list": show_names,
@@ -319,6 +349,8 @@ def _dispatch(words: list[str]) -> int:
     parser = Parser(prog=f"studio {name}", description=command.__doc__)
     if command in (train, generate, probe):
         parser.usage = f"studio {name} [options]"
+    if command is merge:
+        parser.usage = f"studio {name} FILE[:WEIGHT] ... [options]"
     try:
         return command(parser, rest)
     except SystemExit as end:
@@ -331,6 +363,12 @@ def _overview() -> str:
     return "\n".join([usage, "", *rows, "", "--debug shows where an error came from."])
 
 
+def _preset_settings(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(add_help=False)
+    parser.add_argument("--preset", action="append", default=[])
+    return preset(*parser.parse_known_args(argv)[0].preset)
+
+
 def _picture_settings(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(add_help=False)
     parser.add_argument("--from", dest="picture", type=Path)
@@ -340,11 +378,6 @@ def _picture_settings(argv: Sequence[str]) -> dict[str, Any]:
     from studio.png import read_spec
 
     return read_spec(picture).model_dump()
-
-
-def _described(registry: Any) -> dict[str, str]:
-    lines = {name: (registry[name].__doc__ or "").strip().partition("\n")[0] for name in registry.names()}
-    return {name: line.replace("``", "") for name, line in lines.items()}
 
 
 def _print_jobs(rows: Sequence[Any]) -> None:

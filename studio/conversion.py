@@ -1,9 +1,10 @@
-"""Write an adapter for other tools: in another format, in low rank, or merged into its base."""
+"""Write an adapter for other tools: in another format, low-rank, dense, or merged into its base."""
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,10 @@ from studio.adapters.extraction import extract_low_rank
 from studio.adapters.files import load_adapter, save_adapter
 from studio.adapters.kinds.full import FullChange
 from studio.adapters.kinds.sparse import SparseChange
-from studio.adapters.origin import origin_facts
-from studio.adapters.parameters import components_of
+from studio.adapters.origin import check_origin, origin_facts
+from studio.adapters.parameters import components_of, find_parameter
 from studio.adapters.reference_sara import read_reference
-from studio.errors import OutputError
+from studio.errors import OutputError, UsageError
 from studio.models.base import bars_off, load_base
 from studio.models.device import resolve_dtype
 
@@ -36,6 +37,7 @@ def convert_file(
     format: str,
     precision: str | None = None,
     rank: int | None = None,
+    dense: bool = False,
     any_base: bool = False,
     reference: bool = False,
     overwrite: bool = False,
@@ -50,6 +52,7 @@ def convert_file(
         format: A registered format.
         precision: "fp16", "bf16", "fp32", or None for the format's own choice.
         rank: Approximate every change by one of at most this rank; None keeps them as they are.
+        dense: Write every change out in full, for tools that do not know its kind.
         any_base: Take an adapter of another base, and name this one in the file.
         reference: The source is a checkpoint of SaRA's reference program.
         overwrite: Replace the output.
@@ -58,9 +61,16 @@ def convert_file(
     Raises:
         StudioError: If the base or the adapter cannot be read, or the output cannot be written.
     """
+    if dense and rank is not None:
+        raise UsageError("dense changes have full rank, rank asks for a low one. Give one of the two.")
     pipe = load_base(base, device="cpu", precision="fp32")
     adapter = _read(source, pipe, any_base=any_base, reference=reference)
     dtype = None if precision is None else resolve_dtype(precision)
+    if dense:
+        if not any_base:
+            check_origin(adapter.metadata, pipe, file=source.name)
+        adapter = in_full(adapter, pipe)
+        say(f"dense changes hold every entry of {_extent(adapter.changes, dtype)}")
     if rank is not None:
         extraction = extract_low_rank(adapter, pipe, rank=rank)
         for line in extraction.lines():
@@ -106,6 +116,24 @@ def merge_into_base(
     return folder
 
 
+@torch.no_grad()
+def in_full(adapter: Adapter, pipe: "DiffusionPipeline") -> Adapter:
+    """Return an adapter that adds at weight 1 what this one does, every entry of it written out.
+
+    Its change is proportional to the weight, also where that of this one is not.
+
+    Args:
+        adapter: Of any kind.
+        pipe: The base that it is for: what DoRA and OFT add depends on its weights.
+    """
+    components = components_of(pipe)
+    changes = {
+        name: FullChange(change.delta(find_parameter(components, name), weight=1.0).cpu())
+        for name, change in adapter.changes.items()
+    }
+    return replace(adapter, kind="full", changes=changes)
+
+
 def _read(source: Path, pipe: "DiffusionPipeline", *, any_base: bool, reference: bool) -> Adapter:
     return read_reference(source, pipe) if reference else load_adapter(source, base=pipe, any_base=any_base)
 
@@ -134,13 +162,15 @@ def _warnings(adapter: Adapter, format: str, dtype: torch.dtype | None) -> Itera
     if not direct:
         return
     if format == "kohya" and any(isinstance(change, SparseChange) for change in direct):
-        size = sum(math.prod(change.shape) for change in direct) * (dtype or torch.float32).itemsize
-        yield (
-            f"{format} files hold sparse changes in full, every entry of {len(direct)} parameters: about "
-            f"{size / 1e6:.1f} MB"
-        )
+        yield f"{format} files hold sparse changes in full, every entry of {_extent(adapter.changes, dtype)}"
     if dtype is not None and (lost := _rounding(direct, dtype)) > 1e-3:
         yield f"rounding to {dtype} loses {lost:.1%} of the change; fp32 keeps all"
+
+
+def _extent(changes: Mapping[str, Change], dtype: torch.dtype | None) -> str:
+    """Return in words how much every entry of these changes is."""
+    size = sum(math.prod(change.shape) for change in changes.values()) * (dtype or torch.float32).itemsize
+    return f"{len(changes)} parameters: about {size / 1e6:.1f} MB"
 
 
 def _rounding(changes: Iterable[Change], dtype: torch.dtype) -> float:

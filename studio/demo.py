@@ -37,6 +37,8 @@ CLASS_PROMPTS = (
 )
 """Half of the base's subjects, in every style: what the adapter is kept from changing."""
 PROMPTS = tuple(f"{PROMPT} on a {ground} background" for ground in ("red", "blue", "green", "yellow"))
+STEPS = 15
+"""Denoising steps of every picture that the demo draws."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def demo_training(output: Path) -> TrainSpec:
             "batch_size": 2,
             "class_prompts": CLASS_PROMPTS,
             "class_pictures": 24,
-            "sample_steps": 15,
+            "sample_steps": STEPS,
             "learning_rate": 2e-3,
             "text_encoder_learning_rate": 1e-3,
             "train_text_encoder": True,
@@ -141,6 +143,8 @@ def run(output: Path, *, seeds: int = 2, on_event: OnEvent | None = None) -> Dem
             PROMPTS,
             seeds=range(seeds),
             adapters=adapters,
+            steps=STEPS,
+            batch_size=len(PROMPTS),
             output=output / folder,
             overwrite=True,
             on_event=_labelled(on_event, f"drawing {folder}"),

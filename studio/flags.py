@@ -8,8 +8,7 @@ import argparse
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -17,7 +16,8 @@ from pydantic.fields import FieldInfo
 from studio.errors import SpecError, UsageError
 from studio.registry import nearest
 from studio.specs import MethodSpec, allows_none, settable
-from studio.specs.base import problems_of
+from studio.specs.base import Flag, alternatives, is_mapping, is_sequence, problems_of
+from studio.specs.groups import grouped
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -56,7 +56,7 @@ def read_spec_arguments(
         parser: Holds the command's own flags; those of the specification are added to it.
         spec_type: What the flags describe.
         argv: The words after the command.
-        given: Values below all others, such as those of a picture.
+        given: Values below all others, such as those of a picture or a preset.
 
     Raises:
         SpecError: Lists every problem: unreadable TOML keys, unknown flags, bad values.
@@ -67,8 +67,9 @@ def read_spec_arguments(
     wanted = method or above.get("method")
     below = _flat(given or {})
     if wanted and wanted != below.get("method"):
-        # The options of another method than the wanted one mean nothing.
-        below = {name: value for name, value in below.items() if name in spec_type.model_fields}
+        # Of the options of another method only those mean anything that the wanted one has, too.
+        known = settable(spec_type, str(wanted))
+        below = {name: value for name, value in below.items() if name in known}
     below |= above
     if issubclass(spec_type, MethodSpec):
         method = method or str(below.get("method") or spec_type.model_fields["method"].default)
@@ -79,7 +80,7 @@ def read_spec_arguments(
     arguments, rest = parser.parse_known_args(argv)
     fields = settable(spec_type, method)
     flags = {
-        name: _pairs(value) if _is_mapping(fields[name]) else value
+        name: _pairs(value) if is_mapping(fields[name]) and not _own_flag(fields[name]) else value
         for name, value in vars(arguments).items()
         if name in fields
     }
@@ -95,14 +96,17 @@ def read_spec_arguments(
 
 
 def add_fields(parser: argparse.ArgumentParser, spec_type: type[BaseModel], method: str | None) -> None:
-    """Add one flag per field of the specification and of the method's options."""
-    own = parser.add_argument_group("options")
-    others = None
+    """Add one flag per field of the specification, and of the method's options after the first group."""
+    first, *others = grouped(spec_type).items()
+    fields = settable(spec_type, method)
+    groups = [first]
     if issubclass(spec_type, MethodSpec) and method in spec_type.registry.names():
-        others = parser.add_argument_group(f"options of the {spec_type.registry.noun} '{method}'")
-    for name, field in settable(spec_type, method).items():
-        group = own if name in spec_type.model_fields or others is None else others
-        _add_field(group, name, field)
+        own = [name for name in fields if name not in spec_type.model_fields]
+        groups.append((f"options of the {spec_type.registry.noun} '{method}'", own))
+    for heading, names in (*groups, *others):
+        group = parser.add_argument_group(heading)
+        for name in names:
+            _add_field(group, name, fields[name])
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -140,32 +144,26 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_field(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     flags = ["--" + name.replace("_", "-")]
-    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    kinds = [kind for kind in alternatives(field.annotation) if kind is not type(None)]
     settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+    if own := _own_flag(field):
+        group.add_argument(f"--{own.name}", action="append", metavar=own.metavar, **settings)
+        return
     if kinds == [bool]:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **settings)
         return
-    if any(get_origin(kind) in (tuple, list, frozenset, set) for kind in kinds):
+    if is_sequence(field):
         if name.endswith("s"):
             flags.insert(0, flags[0][:-1])
         settings |= {"action": "append"}
-    elif _is_mapping(field):
+    elif is_mapping(field):
         settings |= {"action": "append", "metavar": "KEY=VALUE"}
     settings.setdefault("metavar", _metavar(kinds))
     group.add_argument(*flags, **settings)
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _alternatives(part)]
-    return [annotation]
-
-
-def _is_mapping(field: FieldInfo) -> bool:
-    return any(
-        isinstance(origin := get_origin(kind) or kind, type) and issubclass(origin, Mapping)
-        for kind in _alternatives(field.annotation)
-    )
+def _own_flag(field: FieldInfo) -> Flag | None:
+    return next((mark for mark in field.metadata if isinstance(mark, Flag)), None)
 
 
 def _pairs(items: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Ctrl-C as a wish to stop: the first one asks the work to end safely, the second one ends it at once."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -15,6 +16,8 @@ class SafeStop:
 
     def __init__(self) -> None:
         self._asked = False
+        # One that a launcher started gets Ctrl-C twice: from the terminal, and passed on.
+        self._echoes = int("LOCAL_RANK" in os.environ)
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -34,6 +37,7 @@ class SafeStop:
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked and not self._echoes:
             raise KeyboardInterrupt
+        self._echoes -= int(self._asked)
         self._asked = True

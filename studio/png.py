@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 MAX_CHUNK = 256 * 1024
 # Where a picture goes and on what machine it is made is the affair of who makes it again, never of the file.
-NOT_OF_THE_PICTURE = frozenset({"output", "overwrite", "device", "batch_size", "count", "expected_hashes"})
+MACHINE = frozenset({"device", "attention", "offload", "compile"})
+NOT_OF_THE_PICTURE = MACHINE | {"output", "overwrite", "batch_size", "count", "expected_hashes"}
 SAMPLERS = {
     "ddim": "DDIM",
     "dpm++2m": "DPM++ 2M",
@@ -33,6 +35,19 @@ SAMPLERS = {
     "pndm": "PLMS",
     "unipc": "UniPC",
 }
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """An adapter's file that holds a new token and nothing else.
+
+    Attributes:
+        token: By which a prompt names it.
+        file_hash: SHA-256 of the whole file, by which other programs look embeddings up, hexadecimal.
+    """
+
+    token: str
+    file_hash: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Facts:
         model: Name of the base model.
         model_hash: Fingerprint of the base model, hexadecimal.
         adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order.
+        embeddings: Of the adapters those that are embeddings, by path as in the specification.
         version: Of this program.
     """
 
@@ -55,13 +71,22 @@ class Facts:
     model: str = ""
     model_hash: str = ""
     adapter_hashes: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Mapping[str, EmbeddingFile] = field(default_factory=dict)
     version: str = __version__
 
 
 def infotext(spec: GenerateSpec, facts: Facts) -> str:
-    """Return the picture's settings in the form that A1111 reads."""
-    tags = [f"<lora:{use.path.stem}:{use.weight:g}>" for use in spec.adapters]
-    lines = [" ".join([spec.prompt, *tags])]
+    """Return the picture's settings in the form that A1111 reads.
+
+    An embedding stands in the prompt as its token, and among the hashes where a prompt names it; the other
+    adapters stand behind the prompt.
+    """
+    changing = [str(use.path) not in facts.embeddings for use in spec.adapters]
+    uses = compress(spec.adapters, changing)
+    lora_hashes = compress(facts.adapter_hashes.items(), changing)
+    prompts = f"{spec.prompt}\n{spec.negative_prompt}"
+    named = [found for found in facts.embeddings.values() if found.token in prompts]
+    lines = [" ".join([spec.prompt, *(f"<lora:{use.path.stem}:{use.weight:g}>" for use in uses)])]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {spec.negative_prompt}")
     settings = {
@@ -72,7 +97,8 @@ def infotext(spec: GenerateSpec, facts: Facts) -> str:
         "Size": f"{facts.width}x{facts.height}",
         "Model hash": facts.model_hash[:10],
         "Model": facts.model,
-        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in facts.adapter_hashes.items()),
+        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in lora_hashes),
+        "TI hashes": ", ".join(f"{found.token}: {found.file_hash[:12]}" for found in named),
         "Version": f"diffusion-studio {facts.version}",
     }
     lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value != ""))

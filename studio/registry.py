@@ -81,5 +81,7 @@ class Registry(Generic[T]):
 
 TRAINERS: Registry[Any] = Registry("training method", "studio.trainers.methods")
 COMPOSERS: Registry[Any] = Registry("composition method", "studio.composition.methods")
+MODIFIERS: Registry[Any] = Registry("plan modifier", "studio.composition.modifiers")
 KINDS: Registry[Any] = Registry("adapter kind", "studio.adapters.kinds")
 FORMATS: Registry[Any] = Registry("adapter format", "studio.adapters.formats")
+MERGERS: Registry[Any] = Registry("merging algorithm", "studio.adapters.merging")

@@ -69,7 +69,9 @@ class Worker:
 
     def _run(self, job: Job, *, stop: Callable[[], bool]) -> None:
         spec_type: Any = {"train": TrainSpec, "generate": GenerateSpec}[job.kind]
-        spec = parse_spec(spec_type, job.spec)
+        # What an earlier attempt left is this job's own: it may be replaced, and a training goes on from it.
+        again = {"train": {"resume": True, "overwrite": True}, "generate": {"overwrite": True}}[job.kind]
+        spec = parse_spec(spec_type, job.spec | (again if job.attempt > 1 else {}))
         spec = spec.model_copy(update={"output": self.space.inside(spec.output)})
 
         from studio import api

@@ -43,6 +43,11 @@ class Workspace:
         return self.root / "encoded"
 
     @property
+    def facts(self) -> Path:
+        """What was measured of adapters; may be deleted at any time."""
+        return self.root / "facts"
+
+    @property
     def runs(self) -> Path:
         """Log files of the worker and of failed jobs."""
         return self.root / "runs"

@@ -1,9 +1,11 @@
 """What all tests share: no network, one thread, and real pipelines at a size that takes no time."""
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-# Files that one worker is busy with for long; taken last, they would leave the other workers idle.
-LONGEST = ("e2e", "browser", "assets")
+# Folders of files that one worker is busy with for long; taken last, they would leave the other workers idle.
+LONGEST = ("e2e", "browser", "trainers", "studio")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while tests are collected, and never look at what that leaves.
+
+    The libraries' half a million objects live to the end; each full collection would walk through them.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,13 +49,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.parent.name, len(LONGEST)))
 
 
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield new folders, one for each test: making one by pytest looks through all that are there."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def _own_workspace(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def _own_workspace(_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every test out of the user's own workspace folder."""
-    monkeypatch.setenv("STUDIO_HOME", str(tmp_path_factory.mktemp("home")))
-    yield
+    home = next(_homes)
+    home.mkdir()
+    monkeypatch.setenv("STUDIO_HOME", str(home))
 
 
 def _tokenizer() -> Any:
@@ -98,7 +120,7 @@ def _scheduler() -> Any:
     )
 
 
-def _build_sd() -> "StableDiffusionPipeline":
+def _build_sd(*, levels: int, layers: int) -> "StableDiffusionPipeline":
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -107,10 +129,10 @@ def _build_sd() -> "StableDiffusionPipeline":
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(32, 32, 32, 32),
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            layers_per_block=2,
+            block_out_channels=(32,) * levels,
+            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            layers_per_block=layers,
             attention_head_dim=4,
             cross_attention_dim=32,
             norm_num_groups=8,
@@ -128,7 +150,7 @@ def _build_sd() -> "StableDiffusionPipeline":
     return _ready(pipe)
 
 
-def _build_sdxl() -> "StableDiffusionXLPipeline":
+def _build_sdxl(*, levels: int, layers: int, depth: int) -> "StableDiffusionXLPipeline":
     import torch
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -137,12 +159,12 @@ def _build_sdxl() -> "StableDiffusionXLPipeline":
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(32, 32, 32),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            attention_head_dim=(2, 4, 4),
-            transformer_layers_per_block=(1, 1, 2),
+            block_out_channels=(32,) * levels,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+            up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+            layers_per_block=layers,
+            attention_head_dim=(2,) + (4,) * (levels - 1),
+            transformer_layers_per_block=(1,) * (levels - 1) + (depth,),
             cross_attention_dim=64,
             use_linear_projection=True,
             norm_num_groups=8,
@@ -171,13 +193,13 @@ def _ready(pipe: Any) -> Any:
     return pipe
 
 
-def _factory(build: Callable[[], Any]) -> Callable[[], Any]:
+def _factory(build: Callable[..., Any], **blocks: int) -> Callable[[], Any]:
     """Return a function that copies one pipeline, built at its first call."""
     built: list[Any] = []
 
     def fresh() -> Any:
         if not built:
-            built.append(build())
+            built.append(build(**blocks))
         original = built[0]
         components = {
             name: deepcopy(part) if hasattr(part, "parameters") or name == "scheduler" else part
@@ -192,11 +214,29 @@ def _factory(build: Callable[[], Any]) -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def tiny_sd() -> Callable[[], "StableDiffusionPipeline"]:
-    """Return a factory of fresh SD 1.x pipelines: four levels of 32 channels, 8 x 8 latents, 64 px."""
-    return _factory(_build_sd)
+    """Return a factory of fresh SD 1.x pipelines: SD's own blocks with 32 channels, 8 x 8 latents, 64 px."""
+    return _factory(_build_sd, levels=4, layers=2)
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl() -> Callable[[], "StableDiffusionXLPipeline"]:
-    """Return a factory of fresh SDXL pipelines: three levels of 32 channels, two text encoders, 64 px."""
-    return _factory(_build_sdxl)
+    """Return a factory of fresh SDXL pipelines: SDXL's own blocks with 32 channels, two text encoders."""
+    return _factory(_build_sdxl, levels=3, layers=2, depth=2)
+
+
+@pytest.fixture(scope="session")
+def short_sd() -> Callable[[], "StableDiffusionPipeline"]:
+    """Return a factory of fresh SD 1.x pipelines with each kind of block, a quarter of the layers."""
+    return _factory(_build_sd, levels=2, layers=1)
+
+
+@pytest.fixture(scope="session")
+def one_block_sd() -> Callable[[], "StableDiffusionPipeline"]:
+    """Return a factory of fresh SD 1.x pipelines with a single transformer block, where each takes long."""
+    return _factory(_build_sd, levels=1, layers=1)
+
+
+@pytest.fixture(scope="session")
+def short_sdxl() -> Callable[[], "StableDiffusionXLPipeline"]:
+    """Return a factory of fresh SDXL pipelines with each kind of block, half of the layers."""
+    return _factory(_build_sdxl, levels=2, layers=2, depth=1)

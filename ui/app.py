@@ -3,6 +3,7 @@
 The page's process never imports torch: models are the worker's, which it starts and keeps going.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from studio.ui.supervisor import Supervisor
 from studio.ui.theme import CSS, theme
 from studio.ui.train_tab import TrainTab
 from studio.workspace import Workspace, workspace
+
+log = logging.getLogger("studio.ui")
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 POLL_SECONDS = 1.0
@@ -104,7 +107,8 @@ def serve(
             on_ready(url)
         (until or threading.Event()).wait()
     except KeyboardInterrupt:
-        pass
+        # A warning, so that it is seen where nobody has set logging up: stopping may take a while.
+        log.warning("The page ends; a job that runs is stopped safely first.")
     finally:
         supervisor.close()
         page.close(verbose=False)
@@ -131,7 +135,10 @@ def _launch(
             css=CSS,
         )
     except OSError as error:
-        raise UsageError(f"port {port} of {host} is taken. Choose another with --port.") from error
+        raise UsageError(
+            f"the page cannot listen on port {port} of {host}, which something else may use ({error}). "
+            "Choose another with --port."
+        ) from error
     return str(url)
 
 

@@ -4,6 +4,7 @@ A field added to a specification, or an option of a new method, appears in the p
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -13,14 +14,15 @@ from pydantic import BaseModel
 
 from studio.registry import FORMATS
 from studio.specs import MethodSpec
+from studio.specs.groups import grouped
 
 Values = dict[str, Any]
 Layout = Literal["plain", "list", "table"]
 _LAYOUTS: dict[str, Layout] = {"array": "list", "object": "table"}  # by type in the JSON schema
 
 _WORDS = {
-    "grad": "gradient", "lora": "LoRA", "moslora": "MoSLoRA", "num": "number of", "rslora": "rsLoRA",
-    "snr": "SNR", "unet": "UNet",
+    "ema": "EMA", "grad": "gradient", "lora": "LoRA", "moslora": "MoSLoRA", "num": "number of",
+    "rslora": "rsLoRA", "snr": "SNR", "unet": "UNet", "vae": "VAE",
 }  # fmt: skip
 
 
@@ -81,11 +83,23 @@ class Form:
         return self._place(self.spec_type, name, None, looks)
 
     def add_rest(self, *, leave_out: Iterable[str]) -> None:
-        """Place every field of the specification that has no place yet here, apart from some."""
-        placed = {field.name for field in self.fields if field.method is None} | {*leave_out, "options"}
-        for name in self.spec_type.model_fields:
-            if name not in placed and _schema(self.spec_type, name):
-                self.add(name)
+        """Place every field of the specification that has no place yet here, apart from some.
+
+        Where they belong to several groups each group is folded up under its heading.
+        """
+        placed = {field.name for field in self.fields if field.method is None} | {*leave_out}
+        groups = {
+            heading: [name for name in names if name not in placed and _schema(self.spec_type, name)]
+            for heading, names in grouped(self.spec_type).items()
+        }
+        groups = {heading: names for heading, names in groups.items() if names}
+        for heading, names in groups.items():
+            with ExitStack() as places:
+                if len(groups) > 1:
+                    places.enter_context(folded(heading.capitalize()))
+                places.enter_context(gr.Row(elem_classes="fields"))
+                for name in names:
+                    self.add(name)
 
     def add_options(
         self,
@@ -161,6 +175,11 @@ class Form:
         component = _component(name, shown, _choices(self.spec_type, name), looks)
         self.fields.append(Field(name, method, bool(schema.get("nullable")), layout, component))
         return component
+
+
+def folded(heading: str) -> Any:
+    """Return a part of a form that opens under its heading."""
+    return gr.Accordion(heading, open=False, elem_classes="folded")
 
 
 def label(name: str) -> str:

@@ -96,8 +96,6 @@ class GenerateTab:
         ]
         request["expected_hashes"] = expected
         request["output"] = str(self.space.inside(self.space.pictures / unique("pictures")))
-        # The folder is this job's own; a retry finds there what the first attempt drew.
-        request["overwrite"] = True
         parse_spec(GenerateSpec, request)
         return request
 
@@ -167,8 +165,8 @@ class GenerateTab:
             "adapters", self.chosen, self._offer, lambda _: gr.update(choices=self.adapter_names())
         )
         with gr.Row(elem_classes="fields"):
-            form.add("base", info=None, elem_id="generate-base", scale=2)
-            form.add("method", info=None)
+            form.add("base", info=None, elem_id="generate-base", scale=2, min_width=150)
+            form.add("method", info=None, min_width=150)
         form.add_options()
         with gr.Row(elem_classes="fields"):
             form.add("seed", elem_id="generate-seed", info=None, min_width=100)
@@ -176,10 +174,10 @@ class GenerateTab:
             form.add("steps", elem_id="generate-steps", info=None, min_width=100)
             form.add("guidance_scale", info=None, min_width=100)
         with gr.Row(elem_classes="fields"):
-            form.add("width", placeholder="automatic", info=None)
-            form.add("height", placeholder="automatic", info=None)
-            form.add("scheduler", info=None)
-        with gr.Accordion("More options", open=False), gr.Row(elem_classes="fields"):
+            form.add("width", placeholder="automatic", info=None, min_width=90)
+            form.add("height", placeholder="automatic", info=None, min_width=90)
+            form.add("scheduler", info=None, min_width=120)
+        with gr.Accordion("More options", open=False):
             form.add_rest(leave_out=["adapters", "output", "overwrite", "expected_hashes"])
 
     def _offer(self, _: Story | None) -> tuple[str, ...]:

@@ -126,6 +126,7 @@ class Panel:
         """
 
         def begin(seen: Seen, *values: Any) -> list[Any]:
+            """Queue what the form asks for, or say what is wrong with it."""
             try:
                 self.follower.store.submit(self.kind, submit(*values))
             except StudioError as error:
@@ -133,6 +134,8 @@ class Panel:
             return ["", *self.refresh(seen)]
 
         def on_latest(act: Callable[[int], Any]) -> Callable[[Seen], list[Any]]:
+            """Return what does something to the newest job, or says why it cannot."""
+
             def handle(seen: Seen) -> list[Any]:
                 story = self.follower.latest(self.kind)
                 try:

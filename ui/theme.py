@@ -17,6 +17,12 @@ h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-sub
 .block:has(> .html-container > .prose:empty) { display: none; }
 .fields, .buttons, .form { gap: 12px; }
 .fields > .form { display: contents; }
+.fields { align-items: stretch !important; }
+.fields .block > .container { display: flex; flex-direction: column; height: 100%; }
+.fields .block > .container > :last-child { margin-top: auto; }
+.fields input[type=number] { height: 38px; }
+.folded { border-width: 0 0 1px !important; border-radius: 0 !important; padding-inline: 0 !important; }
+.folded:last-child { border-bottom: 0 !important; }
 .fields .block:has(> label > input[type=checkbox], input[type=checkbox]) {
   min-width: min(170px, 100%) !important; }
 .sliders:not(:has(input)) { display: none; }

@@ -8,9 +8,11 @@ from typing import Any
 import gradio as gr
 
 from studio.errors import DataError, StudioError, UsageError
-from studio.specs import TrainSpec, parse_spec
+from studio.presets import preset, presets
+from studio.specs import TrainSpec, parse_spec, settable
+from studio.trainers.run_folder import RunFolder
 from studio.ui.follow import Follower, Story, notice
-from studio.ui.forms import Form, Values
+from studio.ui.forms import Form, Values, folded
 from studio.ui.panel import Panel, existing
 from studio.ui.pictures import PICTURES, captioned, example_set, keep_uploads
 from studio.workspace import Workspace
@@ -22,7 +24,10 @@ START: Values = {
     "learning_rate": 2e-3,
     "rank": 8,
     "sample_every": 50,
+    # For a retry after the worker was killed; on a stop and on most errors a checkpoint is written anyway.
+    "checkpoint_every": 100,
 }
+PRESETS = "Settings for a task or a GPU, to start from. Of several the later wins."
 IDLE = '<div class="idle">Press <b>Train</b> to teach the model the pictures on the left.</div>'
 
 
@@ -54,6 +59,13 @@ class TrainTab:
     def wire(self, timer: gr.Timer) -> None:
         """Connect components with what they do."""
         self.panel.wire(timer, self.request, [self.folder, self.name, *self.form.components])
+        self.presets.input(
+            self.fill,
+            inputs=self.presets,
+            outputs=[self.presets, self.panel.message, *self.form.components],
+            show_progress="hidden",
+            api_visibility="private",
+        )
         self.drop.change(
             self._take_pictures,
             inputs=self.drop,
@@ -75,10 +87,17 @@ class TrainTab:
             raise DataError("there are no pictures to train on. Drop some first.")
         request["data"] = str(self.space.inside(folder))
         request["output"] = str(self._free_path(name))
-        # The name is free; a retry of the same job may find what the first attempt saved.
-        request["overwrite"] = True
         parse_spec(TrainSpec, request)
         return request
+
+    def fill(self, names: list[str]) -> list[Any]:
+        """Return updates that give the form the values of presets; where none says a value, the first one."""
+        try:
+            values = _preset_values(names)
+        except StudioError as error:
+            return [gr.skip(), notice(str(error)), *(gr.skip() for _ in self.form.fields)]
+        about = " ".join(presets()[name] for name in names) or PRESETS
+        return [gr.update(info=about), "", *self.form.write(values)]
 
     @property
     def restored(self) -> list[Any]:
@@ -120,9 +139,17 @@ class TrainTab:
     def _fields(self) -> None:
         form = self.form
         form.add("prompt", elem_id="train-prompt")
+        self.presets = gr.Dropdown(
+            list(presets()),
+            value=[],
+            multiselect=True,
+            label="Presets",
+            info=PRESETS,
+            elem_id="train-presets",
+        )
         with gr.Row(elem_classes="fields"):
-            form.add("base", elem_id="train-base", info=None, scale=2)
-            form.add("method", info=None)
+            form.add("base", elem_id="train-base", info=None, scale=2, min_width=150)
+            form.add("method", info=None, min_width=150)
             self.name = gr.Textbox(
                 "robot" if self.example else "adapter",
                 label="Adapter name",
@@ -135,13 +162,13 @@ class TrainTab:
             form.add("batch_size", info=None, min_width=110)
             form.add_options(only=["rank"], container=gr.Column, min_width=110, info=None)
         with gr.Row(elem_classes="fields"):
-            form.add("resolution", placeholder="automatic", info=None)
-            form.add("seed", info=None)
-            form.add("sample_every", elem_id="train-sample-every", info=None)
+            form.add("resolution", placeholder="automatic", info=None, min_width=90)
+            form.add("seed", info=None, min_width=90)
+            form.add("sample_every", elem_id="train-sample-every", info=None, min_width=90)
         with gr.Accordion("More options", open=False):
-            form.add_options()
-            with gr.Row(elem_classes="fields"):
-                form.add_rest(leave_out=["data", "output", "overwrite"])
+            with folded("Options of the method"):
+                form.add_options()
+            form.add_rest(leave_out=["data", "output", "overwrite", "resume"])
 
     def _results(self) -> None:
         panel = self.panel
@@ -184,21 +211,35 @@ class TrainTab:
         return str(folder) if folder else None, captioned(folder), ""
 
     def _free_path(self, name: str) -> Path:
-        """Return the adapter file of that name, with a number if it exists or another job is to write it."""
+        """Return the adapter file of that name, with a number if it exists or another job may write it."""
         if not re.fullmatch(r"[\w][\w .()+-]*", name.strip()):
             raise UsageError(
                 f"name of the adapter: use letters, digits, spaces and . - _ ( ) +, got '{name}'."
             )
-        taken = {job.spec["output"] for job in self.follower.store.list(kind="train") if job.active}
+        # One that ended early keeps its name and its run folder, which a retry goes on from.
+        jobs = self.follower.store.list(kind="train")
+        taken = {job.spec["output"] for job in jobs if job.state != "done"}
         stem = name.strip().removesuffix(".safetensors")
         number = 1
         while True:
             path = self.space.inside(
                 self.space.adapters / f"{stem}{f'-{number}' if number > 1 else ''}.safetensors"
             )
-            if not path.exists() and str(path) not in taken:
+            if not path.exists() and not RunFolder(path).path.exists() and str(path) not in taken:
                 return path
             number += 1
+
+
+def _preset_values(names: list[str]) -> Values:
+    """Return values for all fields that any preset sets: those of these presets, else as the page opens."""
+    chosen = preset(*names)
+    known = settable(TrainSpec, chosen.get("method"))
+    start = {name: value for name, value in START.items() if name in known}
+    spec = parse_spec(TrainSpec, {**start, **chosen, "data": "pictures", "output": "adapter.safetensors"})
+    values = spec.model_dump()
+    values |= values.pop("options")
+    touched = {name for each in presets() for name in preset(each)}
+    return {name: value for name, value in values.items() if name in touched}
 
 
 def _adapter(story: Story | None) -> str | None:

@@ -1,8 +1,9 @@
 """What all specifications share: frozen, strict, and every problem reported at once in the user's words."""
 
 from collections.abc import Mapping
-from types import NoneType
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -18,6 +19,20 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from studio.errors import SpecError, UsageError
 from studio.registry import Registry, nearest
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line calls a field whose own name and type do not say it well.
+
+    Attributes:
+        name: Of the flag, without hyphens in front; it may be repeated, and its texts go to the field as they
+            are.
+        metavar: What stands for a value in the help text.
+    """
+
+    name: str
+    metavar: str
 
 
 class Options(BaseModel):
@@ -61,11 +76,11 @@ class MethodSpec(BaseModel):
             options = {str(key).replace("-", "_"): value for key, value in options.items()}
             options |= {key: values.pop(key) for key in list(values) if key in options_type.model_fields}
             try:
-                values["options"] = options_type.model_validate(_with_none(options, options_type))
+                values["options"] = options_type.model_validate(with_none(options, options_type))
             except ValidationError as error:
                 problems += [_detail(item) for item in error.errors()]
         try:
-            spec = handler(_with_none(values, cls))
+            spec = handler(with_none(values, cls))
         except ValidationError as error:
             problems += [_detail(item) for item in error.errors()]
         if problems:
@@ -117,17 +132,38 @@ def allows_none(field: FieldInfo) -> bool:
     return NoneType in kinds and str not in kinds
 
 
-def complete(text: str) -> PydanticCustomError:
-    """Return a validation error whose text says all there is to say, the value that was given included."""
-    return PydanticCustomError("complete", "{text}", {"text": text})
-
-
-def _with_none(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+def with_none(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return values in which the word "none" is None wherever it may be."""
     fields = model.model_fields
     return {
         key: None if value == "none" and key in fields and allows_none(fields[key]) else value
         for key, value in values.items()
     }
+
+
+def is_sequence(field: FieldInfo) -> bool:
+    """Say whether a field holds several values."""
+    return any(get_origin(kind) in (tuple, list, frozenset, set) for kind in alternatives(field.annotation))
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Say whether a field holds a table."""
+    return any(
+        isinstance(origin := get_origin(kind) or kind, type) and issubclass(origin, Mapping)
+        for kind in alternatives(field.annotation)
+    )
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types that a union is of; of any other type itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in alternatives(part)]
+    return [annotation]
+
+
+def complete(text: str) -> PydanticCustomError:
+    """Return a validation error whose text says all there is to say, the value that was given included."""
+    return PydanticCustomError("complete", "{text}", {"text": text})
 
 
 def _detail(item: Any) -> InitErrorDetails:

@@ -9,12 +9,15 @@ from studio.errors import UsageError
 from studio.registry import FORMATS, TRAINERS, Registry
 from studio.specs.base import complete
 from studio.specs.data import DataSpec
+from studio.specs.execution import Attention, Compile, Quantization
+from studio.specs.groups import TRAINING, Groups
 
 
 class TrainSpec(DataSpec):
     """One training run. Fields below, plus the options of the chosen method."""
 
     registry: ClassVar[Registry[Any]] = TRAINERS
+    groups: ClassVar[Groups] = TRAINING
 
     base: str = Field(
         "starter",
@@ -34,10 +37,10 @@ class TrainSpec(DataSpec):
     resume: bool = Field(
         False,
         description="Go on from the newest checkpoint in the run folder beside the output, bit for bit as if "
-        "the run had never ended.",
+        "the run had never ended; with overwrite too, start anew where there is none.",
     )
     steps: int = Field(300, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(2, ge=1, description="Pictures per forward pass.")
+    batch_size: int = Field(2, ge=1, description="Pictures per forward pass of each process.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     gradient_checkpointing: bool = Field(False, description="Trade time for memory in the backward pass.")
     learning_rate: float | None = Field(
@@ -110,6 +113,14 @@ class TrainSpec(DataSpec):
         "auto", description="Number type of the forward pass; auto: fp32 on the CPU, bf16 or fp16 on a GPU."
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    attention: Attention = "auto"
+    quantize_base: Quantization = "none"
+    offload_encoders: bool = Field(
+        False,
+        description="Encode pictures and captions before the first step, and keep autoencoder and text "
+        "encoders on the CPU while training; one that learns or that every step needs stays on the GPU.",
+    )
+    compile: Compile = False
     sample_every: int = Field(0, ge=0, description="Draw sample pictures every so many steps; 0: never.")
     sample_prompts: tuple[str, ...] = Field(
         (), description="Prompts of the samples; default: the training prompt."
@@ -183,6 +194,23 @@ class TrainSpec(DataSpec):
                 f"counts only where {field} is '{wanted}', got '{info.data[field]}'. Leave it out."
             )
         return value
+
+    @field_validator("quantize_base")
+    @classmethod
+    def _frozen_base(cls, kind: str, info: ValidationInfo) -> str:
+        method = str(info.data.get("method"))
+        if kind != "none" and method in TRAINERS.names() and "options" in info.data:
+            reason: str | None = TRAINERS[method].refuses_quantized(info.data["options"], kind)
+            if reason:
+                raise complete(f"{reason}. Choose another method, or leave quantize_base out.")
+        return kind
+
+    @field_validator("offload_encoders")
+    @classmethod
+    def _keeps_encoded(cls, asked: bool, info: ValidationInfo) -> bool:
+        if asked and info.data.get("cache") == "off":
+            raise complete("needs a cache: without one the encoders are used at every step. Leave cache out.")
+        return asked
 
     @field_validator("patience")
     @classmethod

@@ -26,11 +26,12 @@ ALLOWED = {
     "studio.kernels": (),
     "studio.errors": (),
     "studio.registry": ("studio.errors",),
+    "studio.workspace": ("studio.errors",),
     "studio.specs": ("studio.errors", "studio.registry"),
     **dict.fromkeys(CORE, (*SHARED, *CORE, "studio.kernels")),
     "studio.assets": (*SHARED, *CORE, "studio.kernels"),
     "studio.trainers": (*SHARED, *CORE, "studio.kernels"),
-    "studio.composition": (*SHARED, *CORE, "studio.kernels"),
+    "studio.composition": (*SHARED, *CORE, "studio.kernels", "studio.workspace"),
 }
 PARTS = (*ALLOWED, "studio.ui", "studio.cli", "studio")
 TORCH_FREE = (
@@ -53,6 +54,7 @@ TORCH_FREE_FOLDERS = (
     "composition/methods",
     "studio/adapters/kinds",
     "studio/adapters/formats",
+    "studio/adapters/merging",
 )
 
 
@@ -135,7 +137,15 @@ def torch_free_modules() -> list[str]:
     return [*TORCH_FREE, *(module_of(path) for path in found)]
 
 
-COMMANDS = ("--help", "train --help", "generate --help", "list", "jobs", "inspect x.safetensors")
+COMMANDS = (
+    "--help",
+    "train --help",
+    "generate --help",
+    "merge --help",
+    "list",
+    "jobs",
+    "inspect x.safetensors",
+)
 PAGE = "the page is built"
 # Runs in a fresh process; prints a JSON object: the first heavy module loaded by each act, or null.
 ACTS = """

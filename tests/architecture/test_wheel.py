@@ -57,7 +57,7 @@ def expected() -> set[str]:
         place = ROOT / home
         for path in place.rglob("*.py"):
             files.add(f"{package.replace('.', '/')}/{path.relative_to(place).as_posix()}")
-    for folder in ("starter", "evaluator", "examples", "sprites"):
+    for folder in ("starter", "evaluator", "examples", "presets", "sprites"):
         for path in (ROOT / "assets" / folder).rglob("*"):
             if path.is_file() and not path.name.startswith("."):
                 files.add(f"studio/assets/{path.relative_to(ROOT / 'assets').as_posix()}")

@@ -1,6 +1,6 @@
 """Do B-LoRA's two files part content from style? The evaluator counts, beside a plain LoRA of the same size.
 
-    python tests/benchmarks/bench_b_lora.py --output measured
+    python tests/benchmarks/bench_b_lora.py
 
 One picture of a subject that the base has never seen, in a style that it knows, is rendered and learned
 twice: by B-LoRA, and by LoRA on all attention layers with as many parameters. Content is kept if pictures
@@ -29,7 +29,7 @@ from studio.assets.builder.evaluator import judge
 from studio.assets.builder.measure import grid, wilson
 from studio.assets.builder.render import render
 from studio.assets.builder.subjects import BACKGROUNDS, STYLES, SUBJECTS
-from studio.prompt_pairs import STARTER_WORDS
+from studio.block_probe.prompt_pairs import STARTER_WORDS
 from studio.trainers.methods.b_lora import BLoraOptions, roles_of
 from studio.trainers.targets import target_layers
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24, help="of each task and adapter")
     parser.add_argument("--draw-steps", type=int, default=8)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("out") / "bench_b_lora")
     args = parser.parse_args()
     blocks = {
         f"{role}_blocks": tuple(part for part in getattr(args, f"{role}_blocks").split(",") if part)

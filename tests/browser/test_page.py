@@ -205,7 +205,7 @@ def test_a_user_trains_draws_reloads_and_restores(
     _screenshot(page, "7-restored")
 
 
-def test_stop_ends_a_training_safely_and_keeps_its_adapter(
+def test_stop_ends_a_training_safely_keeps_its_adapter_and_retry_goes_on_from_there(
     page: Any, home: Path, base: Path, drawings: list[Path]
 ) -> None:
     from playwright.sync_api import expect
@@ -224,5 +224,9 @@ def test_stop_ends_a_training_safely_and_keeps_its_adapter(
     page.locator("#train-stop").click()
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "cancelled")
     expect(page.locator("#train-download")).to_contain_text("long.safetensors")
-    expect(page.locator("#train-retry")).to_be_visible()
     _screenshot(page, "8-stopped")
+
+    page.locator("#train-retry").click()
+    expect(page.locator("#train-status")).to_contain_text("Goes on after step")
+    page.locator("#train-stop").click()
+    expect(page.locator("#train-status .job")).to_have_attribute("data-state", "cancelled")

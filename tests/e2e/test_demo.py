@@ -17,7 +17,7 @@ import studio
 from studio.api import generate_batch
 from studio.assets.builder.evaluator import judge
 from studio.assets.builder.measure import draw
-from studio.demo import PROMPT, SUBJECT, DemoReport, run
+from studio.demo import PROMPT, STEPS, SUBJECT, DemoReport, run
 from studio.models.base import starter_path
 from studio.specs import AdapterUse, Event, GenerateSpec
 
@@ -48,8 +48,9 @@ def test_the_demo_writes_what_it_promises(report: DemoReport, events: list[Event
     assert len([event for event in events if event.kind == "picture"]) == 2 * report.count
     for label in ("drawing without", "drawing with"):
         bar = [(event.step, event.total) for event in events if event.message == label]
-        total = 25 * report.count
-        assert bar == [(step, total) for step in range(1, total + 1)]
+        total = STEPS * report.count
+        # One seed of each prompt, all at once.
+        assert bar == [(step, total) for step in range(report.count, total + 1, report.count)]
     assert f"{report.hits_with} of {report.count}" in "\n".join(report.lines())
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from studio.jobs import Job, JobStore
+from studio.specs import TrainSpec, parse_spec
 from studio.worker import Worker
 from studio.workspace import Workspace, workspace
 
@@ -149,6 +150,71 @@ def test_leaving_in_the_middle_interrupts_the_job_so_that_it_can_be_retried(
     assert "the page was closed" in job.message
     assert (space.adapters / "dog.safetensors").is_file()
     assert worker.store.retry(job.id).state == "queued"
+
+
+def attempt(worker: Worker, number: int) -> Job:
+    """Retry a job and run it to its end."""
+    worker.store.retry(number)
+    job = worker.store.claim(worker.name)
+    assert job is not None and job.id == number
+    worker.perform(job)
+    return worker.store.get(number)
+
+
+def told(worker: Worker, number: int) -> tuple[list[int], list[str]]:
+    """Return the steps and the messages of a job's current attempt."""
+    events = [reported.event for reported in worker.store.events(number)]
+    steps = [event.step for event in events if event.kind == "progress"]
+    return steps, [event.message for event in events if event.kind == "message"]
+
+
+def test_a_retry_goes_on_from_the_newest_checkpoint_of_a_worker_that_died(
+    worker: Worker, training: dict[str, Any]
+) -> None:
+    from studio import api
+
+    number = worker.store.submit("train", training)
+    worker.store.claim("dead")
+    asked = iter([False, False, True])
+    api.train(parse_spec(TrainSpec, training), stop=lambda: next(asked))
+    worker.store.interrupt(number, "its worker ended unexpectedly")
+
+    job = attempt(worker, number)
+    assert (job.state, job.attempt, job.message) == ("done", 2, "")
+    steps, said = told(worker, number)
+    assert steps == [3] and "Goes on after step 2." in said
+
+
+def test_a_retry_starts_anew_where_there_is_no_checkpoint_and_says_so(
+    worker: Worker, training: dict[str, Any]
+) -> None:
+    output = Path(training["output"])
+    left = output.with_name("dog-run") / "adapters" / "dog-step-000001.safetensors"
+    left.parent.mkdir(parents=True)
+    for path in (output, left):
+        path.write_bytes(b"of the first attempt")
+    first = run(worker, "train", training)
+    assert first.state == "failed" and "exists" in first.message, "a first attempt replaces nothing"
+
+    job = attempt(worker, first.id)
+    assert (job.state, job.message) == ("done", "")
+    steps, said = told(worker, first.id)
+    assert steps == [1, 2, 3] and any("the run starts anew" in message for message in said)
+    assert not left.exists() and output.stat().st_size > 100
+
+
+def test_a_retry_draws_over_what_the_first_attempt_drew(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    folder = space.pictures / "a"
+    folder.mkdir()
+    (folder / "0000-5.png").write_bytes(b"half a picture")
+    request = {
+        "base": training["base"], "prompt": "a dog", "steps": 1, "seed": 5, "output": str(folder)
+    }  # fmt: skip
+    first = run(worker, "generate", request)
+    assert first.state == "failed" and "exists" in first.message
+    assert attempt(worker, first.id).state == "done"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import studio
-from studio import api
+from studio import api, bases
 from studio.errors import BaseModelError, OutputError, UsageError
 from studio.png import read_spec
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
@@ -26,7 +26,7 @@ def drawing(base: str, output: Path, **values: Any) -> GenerateSpec:
 
 
 def weights_of(base: str) -> dict[str, torch.Tensor]:
-    pipe = api._cached_base(base, "auto", "fp32")
+    pipe = bases.cached_base(base, "auto", "fp32")
     return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
 
 
@@ -56,7 +56,7 @@ def test_training_writes_the_adapter_and_leaves_the_base_alone(
     assert [event.kind for event in events][-2:] == ["saved", "finished"]
     after = weights_of(tiny_base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    loaded = studio.load_adapter(result.path, base=api._cached_base(tiny_base, "auto", "fp32"))
+    loaded = studio.load_adapter(result.path, base=bases.cached_base(tiny_base, "auto", "fp32"))
     assert loaded.changes.keys() == result.adapter.changes.keys()
 
 
@@ -249,11 +249,11 @@ def test_a_batch_checks_its_values_at_once() -> None:
 
 def test_the_last_base_is_kept_and_only_that_one(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    monkeypatch.setattr(api, "load_base", lambda base, **_: loads.append(base) or object())
-    api._BASES.clear()
+    monkeypatch.setattr(bases, "load_base", lambda base, **_: loads.append(base) or object())
+    bases._BASES.clear()
     for base in ("a", "a", "b", "a"):
-        api._cached_base(base, "auto", "auto")
-    api._BASES.clear()
+        bases.cached_base(base, "auto", "auto")
+    bases._BASES.clear()
     assert loads == ["a", "b", "a"]
 
 

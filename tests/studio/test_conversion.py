@@ -137,12 +137,14 @@ def test_failed_merge_leaves_nothing(convert: Run, tmp_path: Path, monkeypatch: 
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("words", [["--format", "kohya"], ["--rank", "0"], ["--overwrite"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--format", "kohya"], ["--rank", "0"], ["--dense"], ["--overwrite"]], ids=" ".join
+)
 def test_what_says_nothing_about_a_whole_model_is_refused(
     convert: Run, tmp_path: Path, words: list[str]
 ) -> None:
     code, _, err = convert("--into-base", str(tmp_path / "merged"), *words)
-    assert code == 2 and "Leave out --format, --rank, --overwrite" in err
+    assert code == 2 and "Leave out --format, --rank, --dense, --overwrite" in err
 
 
 def test_file_of_another_base_is_made_one_of_this_on_request(

@@ -7,7 +7,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from studio.errors import OutputError, SpecError, UsageError
-from studio.png import FORMAT, Facts, infotext, read_spec, write_png
+from studio.png import FORMAT, EmbeddingFile, Facts, infotext, read_spec, write_png
 from studio.specs import GenerateSpec, parse_spec
 
 FACTS = Facts(
@@ -46,6 +46,38 @@ def test_infotext_names_the_solver_that_ran_and_leaves_empty_entries_out() -> No
     text = infotext(spec_of(), Facts(64, 64, sampler="DDIM"))
     assert "Sampler: DDIM," in text
     assert "Negative prompt" not in text and "Lora hashes" not in text and "Model" not in text
+
+
+EMBEDDINGS = Facts(
+    64,
+    64,
+    adapter_hashes={"dog": "ab" * 32, "toy": "cd" * 32, "bad": "ef" * 32, "idle": "12" * 32},
+    embeddings={
+        "toy.safetensors": EmbeddingFile("<toy>", "34" * 32),
+        "bad.safetensors": EmbeddingFile("bad-1", "56" * 32),
+        "idle.safetensors": EmbeddingFile("<idle>", "78" * 32),
+    },
+)
+
+
+def test_an_embedding_is_its_token_in_the_prompt_and_a_hash_of_its_own() -> None:
+    spec = spec_of(
+        prompt="a <toy>",
+        negative_prompt="bad-1, blurry",
+        adapters=["dog.safetensors:0.8", "toy.safetensors", "bad.safetensors", "idle.safetensors"],
+    )
+    prompt, negative, settings = infotext(spec, EMBEDDINGS).split("\n")
+    assert (prompt, negative) == ("a <toy> <lora:dog:0.8>", "Negative prompt: bad-1, blurry")
+    assert f'Lora hashes: "dog: {"ab" * 6}", ' in settings
+    assert f'TI hashes: "<toy>: {"34" * 6}, bad-1: {"56" * 6}", ' in settings
+
+
+def test_a_picture_with_embeddings_gives_back_its_settings_and_the_hashes_of_all(tmp_path: Path) -> None:
+    spec = spec_of(adapters=[f"{name}.safetensors" for name in EMBEDDINGS.adapter_hashes])
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", spec, EMBEDDINGS)
+    read = read_spec(tmp_path / "x.png")
+    hashes = {f"{name}.safetensors": digest for name, digest in EMBEDDINGS.adapter_hashes.items()}
+    assert read == spec.model_copy(update={"expected_hashes": hashes})
 
 
 def test_values_with_separators_are_quoted() -> None:

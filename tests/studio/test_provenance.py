@@ -1,5 +1,6 @@
 """A picture that is drawn again from its settings says when base or adapters are not those that drew it."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 
 from studio import api
 from studio.adapters.files import save_adapter
+from studio.cli import main
 from studio.png import read_spec
-from studio.provenance import adapter_names
-from studio.specs import AdapterUse, Event, GenerateSpec
+from studio.provenance import tensor_hash
+from studio.specs import AdapterUse, Event, GenerateSpec, adapter_names
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,35 @@ def test_a_hash_can_be_asked_for_without_a_picture(tiny_base: str, tmp_path: Pat
     api.generate(spec, on_event=events.append)
     assert events[0].kind == "message"
     assert "wanted 000000000000" in events[0].message
+
+
+def test_a_picture_drawn_with_an_embedding_names_its_token_and_draws_the_same_again(
+    tiny_base: str, tmp_path: Path
+) -> None:
+    from studio.adapters.adapter import Adapter
+
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    toy = Adapter("toy", "textual-inversion", {}, {"<robot>": {"text_encoder": rows}})
+    path = save_adapter(toy, tmp_path / "toy.safetensors", format="embedding")
+    _write_adapter(tmp_path / "dog.safetensors", seed=1)
+    spec = GenerateSpec(
+        base=tiny_base,
+        prompt="a <robot>",
+        adapters=(AdapterUse(path=path), AdapterUse(path=tmp_path / "dog.safetensors", weight=0.5)),
+        steps=1,
+        output=tmp_path / "first",
+    )
+    (first,) = api.generate(spec)
+    assert first.infotext.startswith("a <robot> <lora:dog:0.5>\n")
+    # Other programs look an embedding up by its whole file, a LoRA by its tensors.
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f'TI hashes: "<robot>: {whole[:12]}"' in first.infotext
+    assert first.path and "Lora hashes: " in first.infotext and whole[:12] not in tensor_hash(path)
+
+    arguments = ["generate", "--from", str(first.path), "--output", str(tmp_path / "again")]
+    assert main(arguments) == 0
+    again = (tmp_path / "again" / first.path.name).read_bytes()
+    assert again == first.path.read_bytes()
 
 
 def test_adapters_of_the_same_name_get_names_of_their_own() -> None:

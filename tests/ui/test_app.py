@@ -83,6 +83,19 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     page.join()
 
 
+def test_ctrl_c_ends_the_page_and_says_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr("studio.ui.app.Supervisor.start", lambda _: None)
+    serve(port=0, home=tmp_path, on_ready=lambda _: None, until=Interrupted())
+    assert "a job that runs is stopped safely first" in caplog.text
+
+
 def test_files_outside_the_workspace_and_the_queue_itself_are_not_served(
     address: str, tmp_path: Path
 ) -> None:
@@ -112,8 +125,20 @@ def test_a_taken_adapter_name_gets_a_number(train: TrainTab, space: Workspace) -
     request = train.request(str(space.uploads), "dog", *filled(train))
     train.follower.store.submit("train", request)
     (space.adapters / "dog-2.safetensors").write_bytes(b"")
+    (space.adapters / "dog-3-run").mkdir()
     again = train.request(str(space.uploads), "dog", *filled(train))
-    assert again["output"] == str(space.adapters / "dog-3.safetensors")
+    assert again["output"] == str(space.adapters / "dog-4.safetensors")
+
+
+def test_a_training_that_ended_early_keeps_its_name_for_a_retry(train: TrainTab, space: Workspace) -> None:
+    store = train.follower.store
+    first = train.request(str(space.uploads), "dog", *filled(train))
+    assert not {"overwrite", "resume"} & set(first), "a first attempt replaces nothing"
+    store.submit("train", first)
+    store.claim("a")
+    store.fail(1, "broken")
+    assert train.request(str(space.uploads), "dog", *filled(train))["output"].endswith("dog-2.safetensors")
+    assert store.retry(1).spec["output"] == first["output"]
 
 
 @pytest.mark.parametrize("name", ["../dog", "a/b", "", "/etc/x", "..", "a\\b"])

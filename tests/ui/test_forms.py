@@ -68,6 +68,26 @@ def test_what_the_user_changes_reaches_the_specification() -> None:
     assert spec.options.rank == 3  # type: ignore[attr-defined]
 
 
+def headings_of(form: Form, name: str) -> list[str]:
+    """Return the headings that a field is folded up under, the nearest first."""
+    component = next(field.component for field in form.fields if field.name == name)
+    found = []
+    while component := component.parent:
+        if isinstance(component, gr.Accordion):
+            found.append(component.label)
+    return found
+
+
+def test_fields_are_folded_up_by_group_and_a_new_one_is_not_lost() -> None:
+    class Wider(TrainSpec):
+        shade: int = 3
+
+    form = whole_form(Wider)
+    assert headings_of(form, "flip") == ["Pictures"] and headings_of(form, "loss") == ["Loss"]
+    assert headings_of(form, "shade") == ["Other options"]
+    assert headings_of(whole_form(GenerateSpec), "seed") == [], "a single group needs no heading"
+
+
 def test_a_table_is_written_line_by_line() -> None:
     form = whole_form(GenerateSpec)
     table = next(field for field in form.fields if field.name == "expected_hashes")

@@ -10,16 +10,24 @@ from PIL import Image
 
 import studio
 from studio import cli
+from studio.block_probe.prompt_pairs import STARTER_WORDS, prompt_pairs
+from studio.block_probe.table import ALL, NONE, Effect, Look, effects
 from studio.errors import OutputError, SpecError, UsageError
 from studio.models.blocks import attention_blocks
-from studio.probe_table import ALL, NONE, Effect, Look, effects
-from studio.prompt_pairs import STARTER_WORDS, prompt_pairs
 from studio.specs import Event, ProbeSpec, parse_spec
 
 
 def spec(base: str, output: Path, **values: Any) -> ProbeSpec:
     given = {"base": base, "pairs": 1, "steps": 2, "device": "cpu", "output": output}
     return ProbeSpec.model_validate(given | values)
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tiny_sd: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a tiny SD 1.x base model."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_sd().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from studio.block_probe.injection import Call, injected, recorded
+from studio.block_probe.pictures import draw_bars, draw_grid
+from studio.block_probe.prompt_pairs import COMMON_WORDS, STARTER_WORDS, Pair, prompt_pairs
+from studio.block_probe.table import ALL, NONE, Look, ProbeReport, ProbeRow, effects
 from studio.errors import OutputError
 from studio.generation import Settings, draw, quiet
-from studio.injection import Call, injected, recorded
 from studio.inspection import refuse_existing
 from studio.models.base import STARTERS, fingerprint, load_base
 from studio.models.blocks import attention_blocks, choose_blocks
 from studio.models.clip import ClipSimilarity
 from studio.models.prompts import check_prompt
-from studio.probe_pictures import draw_bars, draw_grid
-from studio.probe_table import ALL, NONE, Look, ProbeReport, ProbeRow, effects
-from studio.prompt_pairs import COMMON_WORDS, STARTER_WORDS, Pair, prompt_pairs
 from studio.specs import Event, OnEvent, ProbeSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio.injection import injected, recorded
+from studio.block_probe.injection import injected, recorded
 from studio.models.blocks import attention_blocks
 
 OWN, OTHER = "a fox", "ink drawing of a whale"

@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 
 from studio.assets.builder.subjects import BACKGROUNDS, STYLES, SUBJECTS
-from studio.prompt_pairs import COMMON_WORDS, STARTER_WORDS, Words, prompt_pairs
+from studio.block_probe.prompt_pairs import COMMON_WORDS, STARTER_WORDS, Words, prompt_pairs
 
 
 @pytest.mark.parametrize("words", [STARTER_WORDS, COMMON_WORDS], ids=["starter", "common"])

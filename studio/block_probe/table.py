@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from studio.prompt_pairs import KINDS, Kind, Pair
+from studio.block_probe.prompt_pairs import KINDS, Kind, Pair
 
 NONE, ALL = "none", "all"
 """Rows beside the probed ones: no block, and every block, reads the other prompt."""

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from studio.probe_table import ProbeRow, measures
-from studio.prompt_pairs import KINDS, Kind
+from studio.block_probe.prompt_pairs import KINDS, Kind
+from studio.block_probe.table import ProbeRow, measures
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

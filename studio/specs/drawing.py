@@ -1,0 +1,42 @@
+"""What a user may ask of drawing pictures of a prompt, whatever is composed on the base."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from studio.specs.execution import Attention, Compile, Offload, Quantization
+
+
+class Drawing(BaseModel):
+    """How pictures of a prompt are drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    prompt: str = Field(description="What to draw.")
+    negative_prompt: str = Field("", description="What to steer away from.")
+    steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
+    guidance_scale: float = Field(
+        5.0, ge=0, le=50, description="Classifier-free guidance; 1 and less turn it off."
+    )
+    width: int | None = Field(
+        None, ge=16, le=8192, multiple_of=8, description="Width in pixels; default: the base's own."
+    )
+    height: int | None = Field(
+        None, ge=16, le=8192, multiple_of=8, description="Height in pixels; default: the base's own."
+    )
+    scheduler: Literal["default", "ddim", "euler", "euler-ancestral", "dpm++2m", "heun", "pndm", "unipc"] = (
+        Field("default", description="Solver; default: the base's own.")
+    )
+    batch_size: int = Field(1, ge=1, le=1024, description="Pictures drawn at once.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="Number type; auto: fp32 on the CPU, fp16 on a GPU."
+    )
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    attention: Attention = "auto"
+    quantize_base: Quantization = "none"
+    offload: Offload = "none"
+    vae_tiling: bool = Field(
+        False,
+        description="Decode pictures tile by tile: less memory for large ones, their seams blended.",
+    )
+    compile: Compile = False
