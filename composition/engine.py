@@ -30,16 +30,16 @@ from studio.composition.fit import (
     fit_adapters,
     tokens_of,
 )
-from studio.composition.mixing import check_branches, half, mixed
+from studio.composition.mixing import Mixer, check_branches, half
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, PlanRow, Request, Step
 from studio.composition.planner import Planner, make_composer, make_modifiers
 from studio.composition.position import Position
 from studio.composition.prompts import Prompts
-from studio.composition.shadow import shadowed
 from studio.errors import CompositionError
 from studio.models.architecture import architecture
+from studio.models.shadow import shadowed
 from studio.models.tokens import AddedTokens, tokenizer_of
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ def compose(
     *,
     method: str | Composer = "merge",
     weights: Mapping[str, float] | None = None,
-    options: Mapping[str, Any] | Options | None = None,
-    modifiers: Mapping[str, Mapping[str, Any] | Options] | None = None,
+    options: Mapping[str, Any] | MethodOptions | None = None,
+    modifiers: Mapping[str, Mapping[str, Any] | MethodOptions] | None = None,
     batched: bool = True,
     memory: int | None = None,
 ) -> "Composition":
@@ -170,6 +170,7 @@ class Composition:
         encoders = sorted({name.split(".", 1)[0] for name in spoken} | taught)
         self._speaks = bool(encoders)
         self._position = Position(self._pipe.scheduler, self._pipe)
+        self._mixer = Mixer()
         with ExitStack() as stack:
             parts = [self._components[name] for name in ("unet", *encoders)]
             touched = [getattr(part, "_orig_mod", part) for part in parts]
@@ -230,9 +231,11 @@ class Composition:
                 "first and scheduler.step() after each evaluation."
             )
         branches = self.plan.at(step)
+        rows = len(kwargs["sample"] if "sample" in kwargs else args[0])
+        self.passes.asked += rows
         if _plain(branches):
             self._executor.act(branches[0])
-            self.passes.full += len(kwargs["sample"] if "sample" in kwargs else args[0])
+            self.passes.full += rows
             return self._forward(*args, **kwargs)
         return self._several(Call.bind(self._pipe.unet, args, kwargs), branches, step)
 
@@ -251,7 +254,10 @@ class Composition:
             return self._cache.keeping(slots, step=step.index)
 
         answers = self._executor.answers(self._forward, jobs, keep)
-        return call.answered(mixed(self.plan, asked, answers, guided=guided))
+        answer = self._mixer.mixed(
+            asked, answers, guided=guided, regions=self.plan.regions, feather=self.plan.feather
+        )
+        return call.answered(answer)
 
     def _job(self, call: Call, branch: Branch, step: Step, *, guided: bool) -> Job:
         if branch.text is not None:

@@ -59,10 +59,12 @@ class Passes:
     Attributes:
         full: Rows evaluated whole.
         shallow: Rows of which only the shallow part was computed.
+        asked: Rows that the pipeline called for: what the base alone would have evaluated.
     """
 
     full: int = 0
     shallow: int = 0
+    asked: int = 0
 
 
 class Executor:
@@ -110,7 +112,9 @@ class Executor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        self._acting = None
+        # What belongs to the bank and the layers that are left.
+        self._bank = self._live = self._acting = None
+        self._recipes.clear()
 
     def act(self, branch: Branch) -> None:
         """Give the denoiser the weights of a branch, unless it has them."""

@@ -8,7 +8,8 @@ from studio.adapters.adapter import Adapter
 from studio.composition.plan import BaseInfo, Composer, Modifier, Plan, Request
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, MODIFIERS
-from studio.specs import Options, parse_spec
+from studio.specs import Options as MethodOptions
+from studio.specs import parse_spec
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Planner:
     modifiers: Sequence[Modifier]
     adapters: Mapping[str, Adapter]
     weights: Mapping[str, float]
-    base: BaseInfo
+    base: BaseInfo | None
 
     @property
     def reads_prompt(self) -> bool:
@@ -38,7 +39,7 @@ class Planner:
         return plan
 
 
-def make_composer(method: str | Composer, options: Mapping[str, Any] | Options | None) -> Composer:
+def make_composer(method: str | Composer, options: Mapping[str, Any] | MethodOptions | None) -> Composer:
     """Return a composition method by name, or the one given.
 
     Raises:
@@ -55,7 +56,7 @@ def make_composer(method: str | Composer, options: Mapping[str, Any] | Options |
     return method
 
 
-def make_modifiers(given: Mapping[str, Mapping[str, Any] | Options]) -> list[Modifier]:
+def make_modifiers(given: Mapping[str, Mapping[str, Any] | MethodOptions]) -> list[Modifier]:
     """Return plan modifiers by name with their options, those that have the last word at the end.
 
     Raises:
@@ -65,7 +66,7 @@ def make_modifiers(given: Mapping[str, Mapping[str, Any] | Options]) -> list[Mod
     return sorted(made, key=lambda modifier: modifier.outermost)
 
 
-def _made(kind: Any, options: Mapping[str, Any] | Options | None) -> Any:
+def _made(kind: Any, options: Mapping[str, Any] | MethodOptions | None) -> Any:
     if not isinstance(options, kind.Options):
         options = parse_spec(kind.Options, dict(options or {}))
     return kind(options)

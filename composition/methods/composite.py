@@ -10,7 +10,7 @@ from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, S
 from studio.composition.policies import known, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -39,7 +39,7 @@ class Composite(Composer):
     authors' code takes the last adapter's.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of Composite."""
 
         shares: dict[str, float] = Field(

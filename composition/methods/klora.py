@@ -13,7 +13,7 @@ from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, S
 from studio.composition.policies import text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, nearest
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -147,7 +147,7 @@ class KLora(Composer):
     with ``gamma="one"`` only.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of K-LoRA."""
 
         content: str | None = Field(None, description="Adapter of the content; default: the first.")

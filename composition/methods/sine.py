@@ -10,7 +10,7 @@ from studio.composition.importance import triggers_of
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -40,7 +40,7 @@ class Sine(Composer):
     SINE: SINgle Image Editing, arXiv:2212.04489; v = 0.7 and the first 60 % of the steps (t > 400) as there.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of Sine."""
 
         source: str = Field(

@@ -10,7 +10,7 @@ from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, S
 from studio.composition.policies import text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, nearest
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -71,7 +71,7 @@ class Switch(Composer):
     (``text_encoder_policy="first"``).
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of Switch."""
 
         switch_every: int = Field(

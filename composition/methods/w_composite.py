@@ -9,7 +9,7 @@ from studio.composition.importance import by_similarity, triggers_of
 from studio.composition.methods.composite import Composite, CompositePlan
 from studio.composition.plan import BaseInfo, Composer, Request
 from studio.registry import COMPOSERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -23,7 +23,7 @@ class WComposite(Composer):
     W-Composite, arXiv:2606.03792.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of W-Composite."""
 
         triggers: dict[str, str] = Field(

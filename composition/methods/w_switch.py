@@ -11,7 +11,7 @@ from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, S
 from studio.composition.policies import known, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -63,7 +63,7 @@ class WSwitch(Composer):
     do not tell which one is the character.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of W-Switch."""
 
         switch_every: int = Field(5, ge=1, description="Mean number of steps of a turn (tau).")

@@ -11,7 +11,7 @@ from studio.composition.plan import BaseInfo, Modifier, Plan, Request, covers, l
 from studio.composition.shaped import Curve, ShapedPlan, check_named, curve_text, read_curve
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS, nearest
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -57,7 +57,7 @@ class Blocks(Modifier):
     UNet: those without a value get 0, what is in no block keeps the adapter's weight.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of block weights."""
 
         weights: Mapping[str, _Given] = Field(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Cut, ModifiedPlan, Modifier, Plan, Request, Step
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -52,7 +52,7 @@ class Cache(Modifier):
     the paper: the first and the last steps are always computed.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of the cache."""
 
         interval: int = Field(3, ge=1, description="Steps from one refresh to the next; 1 caches nothing.")

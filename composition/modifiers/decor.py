@@ -19,7 +19,7 @@ from studio.composition.plan import (
 )
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -48,7 +48,7 @@ class Decor(Modifier):
     ``keep_length`` is off.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of the projection."""
 
         words: str = Field(min_length=1, description="What is not wanted, such as 'house, tree'.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step
 from studio.composition.policies import known
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -46,7 +46,7 @@ class Negative(Modifier):
     Costs no more rows, but two evaluations where there was one, unless they stand in one batch.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of negative adapters."""
 
         adapters: tuple[str, ...] = Field(min_length=1, description="Names of the adapters.")

@@ -10,7 +10,7 @@ from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Pl
 from studio.composition.policies import known
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -44,7 +44,7 @@ class Pin(Modifier):
 
     outermost = True
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of pinning."""
 
         adapters: tuple[str, ...] = Field(min_length=1, description="Names of the adapters that stay on.")

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from studio.composition.plan import BaseInfo, Modifier, Plan, Request
 from studio.composition.shaped import ShapedPlan, check_named, curve_text, read_curve
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -24,7 +24,7 @@ class Schedule(Modifier):
     formed anew at every step, in full precision.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of a schedule."""
 
         weights: Mapping[str, _Curve] = Field(

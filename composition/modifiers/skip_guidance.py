@@ -9,7 +9,7 @@ from pydantic import Field
 from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS
-from studio.specs import Options
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
@@ -44,7 +44,7 @@ class SkipGuidance(Modifier):
     arXiv:2404.07724, and adaptive guidance, arXiv:2312.12487.
     """
 
-    class Options(Options):
+    class Options(MethodOptions):
         """Options of skipping."""
 
         start: float = Field(0.7, ge=0, le=1, description="Where skipping begins, as a fraction of the run.")

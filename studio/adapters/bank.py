@@ -208,7 +208,8 @@ def _keeps_addresses(module: nn.Module) -> bool:
             return True
         if any(name in _MOVERS for name in hooks):
             return True
-        parts += filter(None, part._modules.values())
+        # Not by truth: a compiled module without a length has none.
+        parts += [child for child in part._modules.values() if child is not None]
     return False
 
 

@@ -347,3 +347,18 @@ def test_the_table_of_a_composition_can_be_printed(tiny_sd: Any, make_adapter: A
         compose(pipe, {"one": make_adapter(pipe, 1)}, weights={"one": 0.3})
     ) as composition:
         assert [(row.adapter, row.weights) for row in composition.describe(2)] == [("one", (0.3, 0.3))]
+
+
+@pytest.mark.parametrize("method", ["switch", "composite"])
+def test_a_composition_may_be_entered_again_after_it_was_left(
+    method: str, tiny_sd: Any, make_adapter: Any, draw: Any
+) -> None:
+    pipe = tiny_sd()
+    composition = compose(
+        pipe, {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}, method=method, **switching(method)
+    )
+    drawn = []
+    for _ in range(2):
+        with composition:
+            drawn.append(draw(pipe, steps=3))
+    assert torch.equal(*drawn)
