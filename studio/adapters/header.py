@@ -6,6 +6,7 @@ files come from strangers, so this reader refuses those too, and says in plain w
 something else.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -75,6 +76,25 @@ def read_header(path: str | Path) -> Header:
     if data_start + end < size:
         raise _damaged(path, f"{size - data_start - end} bytes follow the last tensor")
     return Header({key: spans[key][:2] for key in order}, metadata, data_start)
+
+
+def tensor_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file's tensors, by which other programs look adapters up.
+
+    Raises:
+        AdapterError: If it is no adapter file.
+    """
+    return file_hash(path, start=read_header(path).data_start)
+
+
+def file_hash(path: str | Path, *, start: int = 0) -> str:
+    """Return the SHA-256 of a file from an offset on, hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_place(path: Path) -> None:

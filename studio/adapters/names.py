@@ -99,17 +99,22 @@ def modules_of(names: Collection[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
-def kohya_module(module: str, *, sdxl: bool) -> str:
+def kohya_module(module: str, *, sdxl: bool, layout: Layout = SDXL_LAYOUT) -> str:
     """Return kohya's key of a canonical module: diffusers' names for SD 1 and 2, SGM's for SDXL.
 
     These two are what every other tool reads.
+
+    Args:
+        module: Its canonical name.
+        sdxl: Whether the base is of SDXL's family.
+        layout: Of its UNet, which SGM's numbers depend on.
 
     Raises:
         ValueError: If kohya's naming has no place for the component.
     """
     component, _, path = module.partition(".")
     if component == "unet":
-        return _underscored("lora_unet_", (sgm_name(path) if sdxl else None) or path)
+        return _underscored("lora_unet_", (sgm_name(path, layout) if sdxl else None) or path)
     prefixes = (
         {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"} if sdxl else {"text_encoder": "lora_te_"}
     )

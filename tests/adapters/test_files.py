@@ -290,3 +290,22 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     ):
         save_adapter(some, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_sdxl_base_of_another_depth_reads_what_was_written_for_it(tmp_path: Path, short_sdxl: Any) -> None:
+    """SGM's numbers depend on the layers per block, of which SDXL has two."""
+    from studio.adapters.parameters import canonical_names, components_of
+
+    pipe = short_sdxl()
+    with torch.device("meta"):
+        pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, "layers_per_block": 3})
+    generator = torch.Generator().manual_seed(0)
+    shapes = canonical_names(components_of(pipe))
+    changes = {
+        name: LoraChange.sample(shape, generator=generator)
+        for name, shape in shapes.items()
+        if name.endswith("to_q.weight")
+    }
+    adapter, path = Adapter("deep", "lora", changes), tmp_path / "deep.safetensors"
+    save_adapter(adapter, path, format="kohya", base=pipe)
+    assert load_adapter(path, base=pipe).changes.keys() == changes.keys()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from studio.adapters.kinds.full import FullChange, parts_of_module
 from studio.adapters.kinds.sparse import SparseChange
-from studio.adapters.names import kohya_module, kohya_table, reference_names
+from studio.adapters.names import SDXL_LAYOUT, kohya_module, kohya_table, layout_of, reference_names
 from studio.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Kohya:
         alphas = Counter(change.alpha for change in changes.values() if change.alpha is not None)
         # As files hold it, in fp32: folding the others by more digits would not be undone when read.
         alpha = float(torch.tensor(alphas.most_common(1)[0][0] if alphas else 1.0))
+        layout = layout_of(names) if names else SDXL_LAYOUT
         tensors: dict[str, Tensor] = {}
         dense: dict[str, dict[str, Tensor]] = {}
         for name, change in changes.items():
@@ -64,11 +65,11 @@ class Kohya:
             if isinstance(change, FullChange | SparseChange):
                 dense.setdefault(module, {})[parameter] = _dense(change)
                 continue
-            key = kohya_module(module, sdxl=family == "sdxl")
+            key = kohya_module(module, sdxl=family == "sdxl", layout=layout)
             for part, tensor in change.to_parts(alpha=alpha).items():
                 tensors[f"{key}.{part}"] = tensor
         for module, deltas in dense.items():
-            key = kohya_module(module, sdxl=family == "sdxl")
+            key = kohya_module(module, sdxl=family == "sdxl", layout=layout)
             shape = _weight_shape(module, deltas, names, family=family)
             for part, tensor in parts_of_module(deltas, weight=shape).items():
                 tensors[f"{key}.{part}"] = tensor

@@ -13,10 +13,10 @@ import studio
 from studio import cli
 from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter, read_header, save_adapter
+from studio.adapters.header import tensor_hash
 from studio.adapters.origin import origin_facts
 from studio.errors import AdapterError, CompositionError, OutputError
 from studio.merging.report import block_of
-from studio.provenance import tensor_hash
 from studio.registry import KINDS
 from studio.specs import Event, MergeSpec
 
