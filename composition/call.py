@@ -65,6 +65,10 @@ class Call:
 
         return Call({name: _mapped(select, value) for name, value in self.arguments.items()})
 
+    def at(self, latents: Tensor) -> "Call":
+        """Return the same call for other latents."""
+        return replace(self, arguments={**self.arguments, "sample": latents})
+
     def speaking(self, text: Embeddings) -> "Call":
         """Return the same call with other prompt embeddings."""
         changed = {**self.arguments, _EMBEDDINGS: text.tokens}

@@ -10,19 +10,23 @@ forms only when the weighting changes.
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import canonical_names, components_of
+from studio.composition.attention import AttentionMaps, View
 from studio.composition.call import Call
 from studio.composition.executor import Executor, Job, Passes, collect, of_encoders
 from studio.composition.feature_cache import FeatureCache
 from studio.composition.fit import (
+    check_adapters,
     check_pipeline,
     check_weights,
     check_writable,
@@ -31,6 +35,7 @@ from studio.composition.fit import (
     tokens_of,
 )
 from studio.composition.mixing import Mixer, check_branches, half
+from studio.composition.multistep import check_restarts
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, PlanRow, Request, Step
 from studio.composition.planner import Planner, make_composer, make_modifiers
 from studio.composition.position import Position
@@ -79,12 +84,14 @@ def compose(
         CompositionError: If the pipeline has live peft layers, fused projections or offloaded weights, or an
             adapter cannot be used.
         AdapterError: If an adapter does not fit the base model.
-        UsageError: If the method or one of its options does not exist, or a token exists already.
+        UsageError: If the method or one of its options does not exist, a weight is not finite, or a token
+            exists already.
 
     Example:
         with studio.compose(pipe, {"dog": dog}, weights={"dog": 0.8}):
             image = pipe("a photo of sks dog", generator=torch.Generator().manual_seed(1)).images[0]
     """
+    check_adapters(adapters)
     components = components_of(pipe)
     check_pipeline({name: getattr(part, "_orig_mod", part) for name, part in components.items()})
     all_weights = check_weights(adapters, weights or {})
@@ -144,6 +151,7 @@ class Composition:
             memory=execution.memory,
         )
         self._cache: FeatureCache | None = None
+        self._maps: AttentionMaps | None = None
         self._checked: object = None
         self._speaks = self._encoded = False
         self._stack: ExitStack | None = None
@@ -199,7 +207,7 @@ class Composition:
     ) -> None:
         assert self._stack is not None
         stack, self._stack = self._stack, None
-        self._cache = None
+        self._cache = self._maps = None
         stack.close()
 
     def _prepared(self, request: Request | None) -> Plan:
@@ -230,6 +238,8 @@ class Composition:
                 "scheduler inside the 'with' block; a loop of your own calls scheduler.set_timesteps() "
                 "first and scheduler.step() after each evaluation."
             )
+        if self.plan.restarts(step):
+            self._position.restart()
         branches = self.plan.at(step)
         rows = len(kwargs["sample"] if "sample" in kwargs else args[0])
         self.passes.asked += rows
@@ -243,9 +253,13 @@ class Composition:
         """Answer a call by what its branches say together."""
         guided = self._guided(call)
         asked = [branch for branch in branches if guided or branch.answers_for("conditional")]
+        if self._maps is not None and step.index != self._steered:
+            call = self._steer(call, asked, step, guided=guided)
         jobs = [self._job(call, branch, step, guided=guided) for branch in asked]
 
         def keep(batch: Sequence[Job]) -> AbstractContextManager[None]:
+            if self._maps is not None:
+                return self._maps.watching(batch, guided=guided)
             slots = [(job.branch.slot, job.rows) for job in batch]
             if self._cache is None or all(slot is None for slot, _ in slots):
                 return nullcontext()
@@ -254,10 +268,39 @@ class Composition:
             return self._cache.keeping(slots, step=step.index)
 
         answers = self._executor.answers(self._forward, jobs, keep)
-        answer = self._mixer.mixed(
-            asked, answers, guided=guided, regions=self.plan.regions, feather=self.plan.feather
-        )
+        regions = self.plan.regions if self._maps is None else self.plan.found(self._maps.maps)
+        answer = self._mixer.mixed(asked, answers, guided=guided, regions=regions, feather=self.plan.feather)
         return call.answered(answer)
+
+    def _steer(self, call: Call, branches: Sequence[Branch], step: Step, *, guided: bool) -> Call:
+        """Return the call with the latents that the plan goes on with, and the scheduler from there."""
+        maps = self._maps
+        assert maps is not None
+        self._steered = step.index
+        own = call.rows(half(len(call.latents), "conditional")) if guided else call
+        # Behind the latents an inpainting model is given its mask and picture.
+        channels = self._pipe.unet.config.out_channels
+        latents, others = own.latents.tensor_split([channels], dim=1)
+        asked = {
+            branch.region: replace(branch, rows="all")
+            for branch in branches
+            if branch.region is not None and branch.answers_for("conditional")
+        }
+
+        def attended(region: str, latents: Tensor) -> Tensor:
+            given = own.at(torch.cat([latents, others], dim=1))
+            job = self._job(given, asked[region], step, guided=False)
+            self._executor.answers(self._forward, [job], partial(maps.watching, guided=False))
+            return maps.maps[region]
+
+        moved = self.plan.steered(View(step, latents, list(asked), attended))
+        if moved is None:
+            return call
+        shift = moved - latents
+        self._position.shift(shift)
+        shifted = call.latents.clone()
+        shifted[:, :channels] += torch.cat([shift, shift]) if guided else shift
+        return call.at(shifted)
 
     def _job(self, call: Call, branch: Branch, step: Step, *, guided: bool) -> Job:
         if branch.text is not None:
@@ -287,9 +330,18 @@ class Composition:
     def _check_run(self, run: Sequence[Step]) -> None:
         """Raise, before the first evaluation of a run, what would otherwise show in its middle."""
         self.plan.check(run[0].total)
+        self._steered = -1
+        self._maps = AttentionMaps(self._pipe.unet, self.plan.watched) if self.plan.watched else None
+        if any(self.plan.restarts(step) for step in run):
+            check_restarts(self._pipe.scheduler)
         steps = [self.plan.at(step) for step in run]
         check_branches(self.plan, steps)
         if any(branch.slot is not None for branches in steps for branch in branches):
+            if self._maps is not None:
+                raise CompositionError(
+                    "a method that reads attention maps at every step cannot take layers from a cache. Leave "
+                    "the cache out."
+                )
             if hasattr(self._pipe.unet, "_orig_mod"):
                 raise CompositionError(
                     "features cannot be kept of a compiled UNet. Compose on the pipeline before "

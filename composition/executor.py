@@ -3,7 +3,8 @@
 Three ways that agree within rounding. *Materialised*: the bank gives the denoiser a branch's effective
 weights, one evaluation after the other; between changes no operation is added. *Batched*: branches stand side
 by side in one batch and each row meets the low-rank changes of its own branch. *Live*: where weights cannot
-be written (quantised, or offloaded layer by layer) low-rank changes are added to what the layers give.
+be written (quantised, or offloaded layer by layer or with streams) low-rank changes are added to what the
+layers give.
 """
 
 import logging
@@ -18,15 +19,12 @@ from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter, Change
 from studio.adapters.bank import Recipe, WeightBank
-from studio.adapters.live import LiveLayers
+from studio.adapters.live import Changes, LiveLayers
 from studio.composition.call import Call, joined
 from studio.composition.plan import Branch, LayerWeights, layers_over
 from studio.errors import CompositionError
 
 logger = logging.getLogger(__name__)
-
-Changes = Mapping[str, Sequence[tuple[Change, float]]]
-"""Changes with their weights by canonical parameter name."""
 
 
 @dataclass(frozen=True)

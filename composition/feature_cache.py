@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from studio.composition.plan import Cut
-from studio.composition.shadow import shadowed
 from studio.errors import CompositionError
+from studio.models.shadow import shadowed
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
+from numbers import Real
 from threading import Lock
 from typing import Any, cast
 from weakref import WeakSet
@@ -60,12 +62,53 @@ def check_pipeline(components: Mapping[str, nn.Module]) -> None:
                 f"the weights of {name} are offloaded layer by layer, so they cannot be merged. Use "
                 "pipe.enable_model_cpu_offload() instead of sequential offload."
             )
+        _check_groups(name, component)
     processors = getattr(components["unet"], "attn_processors", {})
     if any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
         raise CompositionError(
             "unet computes query, key and value from fused weights. Call pipe.unfuse_qkv_projections() "
             "before compose()."
         )
+
+
+def _check_groups(name: str, component: nn.Module) -> None:
+    """Raise CompositionError if diffusers' group offloading keeps a component from being composed."""
+    groups = list(_groups(component))
+    if any(group.offload_to_disk_path for group in groups):
+        raise CompositionError(
+            f"the weights of {name} lie on disk between uses, so they can neither be read nor changed. Leave "
+            "offload_to_disk_path out of enable_group_offload(), or use pipe.enable_model_cpu_offload()."
+        )
+    if name != "unet" and any(group.stream is not None for group in groups):
+        raise CompositionError(
+            f"group offloading with streams brings the weights of {name} from copies of its own, so they "
+            "cannot be merged. Call enable_group_offload() without use_stream, or with "
+            f"exclude_modules='{name}'."
+        )
+    registry = vars(component).get("_diffusers_hook") if name == "unet" else None
+    if registry is not None and registry.get_hook("lazy_prefetch_group_offloading") is not None:
+        # What finds the order in which layers run takes itself away after one pass, and with it whatever was
+        # attached to the forward since.
+        raise CompositionError(
+            "group offloading with streams does not know yet in which order the layers of unet run. Call the "
+            "pipeline once, with one step, before compose()."
+        )
+
+
+def _groups(component: nn.Module) -> Iterator[Any]:
+    """Go through the groups in which diffusers offloads a component."""
+    for module in component.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            yield hook.group
+
+
+def _brought_by_streams(component: nn.Module) -> set[int]:
+    """Return the ids of parameters whose weights come from copies at each use, so that writing is in vain."""
+    groups = [group for group in _groups(component) if group.stream is not None]
+    owned = [chain(group.parameters, *(part.parameters() for part in group.modules)) for group in groups]
+    return {id(parameter) for parameter in chain(*owned)}
 
 
 def check_writable(components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter]) -> bool:
@@ -80,17 +123,18 @@ def check_writable(components: Mapping[str, nn.Module], adapters: Mapping[str, A
         }
         for name, adapter in adapters.items()
     }
-    touched = sorted({parameter for each in changes.values() for parameter in each})
-    fixed = [name for name in touched if not _plain(find_parameter(components, name))]
-    if not fixed:
+    fixed = _brought_by_streams(components["unet"])
+    touched = {parameter for each in changes.values() for parameter in each}
+    found = [find_parameter(components, name) for name in sorted(touched)]
+    if all(_plain(parameter) and id(parameter) not in fixed for parameter in found):
         return True
     for name, each in changes.items():
         why = LiveLayers.why_not({parameter: [(change, 1.0)] for parameter, change in each.items()})
         if why is not None:
             raise CompositionError(
-                "the base's weights are quantised or offloaded layer by layer, so nothing can be merged into "
-                f"them, and '{name}' cannot act beside them: {why}. Load the base without quantisation, or "
-                "use pipe.enable_model_cpu_offload()."
+                "the base's weights are quantised, or offloaded layer by layer or with streams, so nothing "
+                f"can be merged into them, and '{name}' cannot act beside them: {why}. Load the base without "
+                "quantisation, or use pipe.enable_model_cpu_offload()."
             )
     return False
 
@@ -98,6 +142,19 @@ def check_writable(components: Mapping[str, nn.Module], adapters: Mapping[str, A
 def _plain(parameter: nn.Parameter) -> bool:
     # bitsandbytes keeps its weights in classes of its own, which differ in type where nothing is packed yet.
     return not parameter.is_meta and type(parameter) is nn.Parameter and parameter.is_floating_point()
+
+
+def check_adapters(adapters: Any) -> None:
+    """Raise UsageError unless these are adapters by name."""
+    if not isinstance(adapters, Mapping):
+        raise UsageError(
+            f"adapters: a table from names to adapters is wanted, such as {{'dog': dog}}, got "
+            f"{type(adapters).__name__}."
+        )
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, Adapter):
+            kind = type(adapter).__name__
+            raise UsageError(f"adapters: '{name}' is a {kind}. Read files with studio.load_adapter(path).")
 
 
 def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, float]:
@@ -112,8 +169,8 @@ def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float])
             raise UsageError(
                 f"weights: unknown adapter '{name}'.{nearest(name, list(adapters))} Known: {known}."
             )
-        if not math.isfinite(weight):
-            raise UsageError(f"weights: '{name}' must be a finite number, got {weight}.")
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise UsageError(f"weights: '{name}' must be a finite number, got {weight!r}.")
     return {name: float(weights.get(name, 1.0)) for name in adapters}
 
 

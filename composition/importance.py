@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from studio.adapters.adapter import Adapter
 
 
-def triggers_of(adapters: "Mapping[str, Adapter]", given: Mapping[str, str]) -> dict[str, str]:
+def triggers_of(
+    adapters: "Mapping[str, Adapter]", given: Mapping[str, str], *, option: str = "triggers"
+) -> dict[str, str]:
     """Return each adapter's trigger words: those given, or those that its file tells.
+
+    Args:
+        adapters: By name.
+        given: By adapter, where the file's do not count.
+        option: What of the method gives them, for the message.
 
     Raises:
         CompositionError: If an adapter has none, or words are given for one that is not there.
@@ -29,8 +36,8 @@ def triggers_of(adapters: "Mapping[str, Adapter]", given: Mapping[str, str]) -> 
         told = given.get(name) or _told(adapter)
         if not told:
             raise CompositionError(
-                f"the trigger words of '{name}' are not known: its file tells none. Give them as an option "
-                "of the method."
+                f"the trigger words of '{name}' are not known: its file tells none. Give them with the "
+                f"method's option '{option}'."
             )
         found[name] = told
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from studio.adapters.adapter import Adapter, Change
 from studio.adapters.parameters import components_of, find_parameter
 from studio.composition import facts
-from studio.errors import CompositionError
+from studio.errors import BaseNeeded, CompositionError
 from studio.models.fingerprint import fingerprint
 
 _KIND = "layer-sums"
@@ -60,13 +60,14 @@ def layer_sums(
         pipe: The base; needed where a change has no low rank, as it may depend on the base's weights.
 
     Raises:
-        CompositionError: If the base is needed and not given, or a change holds NaN or infinity.
+        BaseNeeded: If the base is needed and not given.
+        CompositionError: If a change holds NaN or infinity.
     """
     layers = layers_of(adapter)
     changes = {layer: {name: adapter.changes[name] for name in layers[layer]} for layer in counts}
     portable = all(change.low_rank() is not None for group in changes.values() for change in group.values())
     if not portable and pipe is None:
-        raise CompositionError(
+        raise BaseNeeded(
             f"'{adapter.name}' ({adapter.kind}) has changes that are measured on the base's weights, and no "
             "base was given. Compose on a pipeline, or take adapters of the kind 'lora'."
         )

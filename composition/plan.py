@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from studio.errors import UsageError
 from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from studio.adapters.adapter import Adapter
+    from studio.composition.attention import View
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,11 @@ class Plan(ABC):
             because a prompt is encoded once, before the first step. Absent means 0.
         texts: Further prompt embeddings, by the names that branches give.
         regions: Masks ``[1, 1, H, W]`` of any size with values from 0 to 1, by the names that branches give.
+        feather: Standard deviation, in pixels of the latents, of the Gaussian that softens regions' edges.
         formed: Adapters that the composer made of the given ones, by the names that branches give.
         cut: How deep a branch that reuses features still computes.
+        watched: Cross-attention layers of one resolution, by their names in the UNet, whose maps the plan is
+            shown. Its regions are then those that it finds in them.
         constant: True when ``at`` does not depend on the step.
     """
 
@@ -184,8 +189,10 @@ class Plan(ABC):
     text_weights: Mapping[str, float] = field(kw_only=True)
     texts: Mapping[str, Text] = field(default_factory=dict, kw_only=True)
     regions: "Mapping[str, Tensor]" = field(default_factory=dict, kw_only=True)
+    feather: float = field(default=0.0, kw_only=True)
     formed: "Mapping[str, Adapter]" = field(default_factory=dict, kw_only=True)
     cut: Cut = field(default=Cut(), kw_only=True)
+    watched: tuple[str, ...] = field(default=(), kw_only=True)
     constant: ClassVar[bool] = False
 
     @abstractmethod
@@ -195,6 +202,25 @@ class Plan(ABC):
         For the conditional rows, and for the unconditional ones if any branch answers for them, the shares
         sum to 1; where regions take part, at each pixel what they weigh is divided by its sum.
         """
+
+    def restarts(self, step: Step) -> bool:
+        """Return whether the solver is to combine nothing at a step that was answered before it."""
+        return False
+
+    def steered(self, view: "View") -> "Tensor | None":
+        """Return the latents to go on with in place of ``view.latents``, or None for these.
+
+        Asked before each step of plans that watch.
+        """
+        return None
+
+    def found(self, maps: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Return the regions of an evaluation, for plans that watch.
+
+        Args:
+            maps: What the branches of regions attended to in it ``[B, tokens, h, w]``, by region.
+        """
+        return self.regions
 
     def check(self, total: int) -> None:  # noqa: B027 - most plans suit every number of steps
         """Raise CompositionError when a run of ``total`` steps cannot do what the plan is for."""
@@ -254,21 +280,31 @@ class Request:
     others: tuple[str, ...] = ()
 
 
-class Composer(ABC):
-    """A composition method: from adapters and weights a plan.
+class Planning:
+    """What takes part in making a plan, by options of its own.
 
     Attributes:
-        Options: The method's options.
+        Options: Its options.
         options: As they are set.
         reads_prompt: Whether the plan depends on the prompt. Then it is prepared without a request first and
             again for each call of the pipeline.
+
+    Raises:
+        UsageError: If the options are another's.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     reads_prompt: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions | None = None) -> None:
-        self.options: Any = options if isinstance(options, self.Options) else self.Options()
+        if options is not None and not isinstance(options, self.Options):
+            name = type(self).__name__
+            raise UsageError(f"{name} takes {name}.Options(...), got {type(options).__name__}.")
+        self.options: Any = self.Options() if options is None else options
+
+
+class Composer(Planning, ABC):
+    """A composition method: from adapters and weights a plan."""
 
     @abstractmethod
     def prepare(
@@ -285,22 +321,14 @@ class Composer(ABC):
         """
 
 
-class Modifier(ABC):
+class Modifier(Planning, ABC):
     """Changes what a composition method decided, whichever it is.
 
     Attributes:
-        Options: The modifier's options.
-        options: As they are set.
-        reads_prompt: As of ``Composer``.
         outermost: Whether it has the last word, whatever the order that modifiers are given in.
     """
 
-    Options: ClassVar[type[MethodOptions]] = MethodOptions
-    reads_prompt: ClassVar[bool] = False
     outermost: ClassVar[bool] = False
-
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        self.options: Any = options if isinstance(options, self.Options) else self.Options()
 
     def takes(self, adapters: Sequence[str]) -> Sequence[str]:
         """Return the adapters that are this modifier's own, which the method is not shown."""
@@ -343,6 +371,18 @@ class ModifiedPlan(Plan):
     def constant(self) -> bool:  # type: ignore[override]
         """True when the inner plan does not depend on the step."""
         return self.inner.constant
+
+    def restarts(self, step: Step) -> bool:
+        """Return whether the inner plan has the solver start anew."""
+        return self.inner.restarts(step)
+
+    def steered(self, view: "View") -> "Tensor | None":
+        """Return the latents that the inner plan goes on with."""
+        return self.inner.steered(view)
+
+    def found(self, maps: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Return the regions that the inner plan finds."""
+        return self.inner.found(maps)
 
     def check(self, total: int) -> None:
         """Raise CompositionError when a run of ``total`` steps cannot do what the inner plan is for."""

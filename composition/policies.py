@@ -1,6 +1,6 @@
-"""What several methods and modifiers offer alike: text-encoder policies, and adapters by name."""
+"""What several methods and modifiers do alike: text-encoder policies, and checks of adapters by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from studio.errors import CompositionError
@@ -20,6 +20,14 @@ def text_weights(policy: TextPolicy, weights: Mapping[str, float]) -> dict[str, 
     if policy == "first":
         return dict(list(weights.items())[:1])
     return dict(weights) if policy == "merged" else {}
+
+
+def check_some(method: str, adapters: Collection[str]) -> None:
+    """Raise CompositionError if a method is given no adapter."""
+    if not adapters:
+        raise CompositionError(
+            f"method '{method}' got no adapters. Give at least one, or use method 'merge'."
+        )
 
 
 def known(asker: str, names: Sequence[str], adapters: Sequence[str]) -> tuple[str, ...]:

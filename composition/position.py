@@ -8,14 +8,16 @@ the scheduler's own table.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from studio.composition.multistep import restarted
 from studio.composition.plan import Step
+from studio.models.shadow import shadowed
 
 
 class Position:
@@ -32,18 +34,21 @@ class Position:
         self._table: list[float] | None = None
         self._run: list[Step] | None = None
         self._calls = 0
+        self._shift: Tensor | None = None
+        self._restarts = False
 
     @contextmanager
     def follow(self) -> Iterator["Position"]:
         """Shadow the two methods on this scheduler object; leave no trace on exit."""
-        shadows = {"set_timesteps": self._after_set_timesteps, "step": self._after_step}
+        scheduler = self._scheduler
+        shadows = {
+            "set_timesteps": _followed_by(scheduler.set_timesteps, self._after_set_timesteps),
+            "step": _followed_by(self._prepared(scheduler.step), self._after_step),
+        }
         try:
-            for name, after in shadows.items():
-                vars(self._scheduler)[name] = _followed_by(getattr(self._scheduler, name), after)
-            yield self
+            with shadowed(scheduler, shadows):
+                yield self
         finally:
-            for name in shadows:
-                vars(self._scheduler).pop(name, None)
             self._table = self._run = None
 
     @property
@@ -66,7 +71,34 @@ class Position:
         run = self.run(timestep)
         return run[self._calls] if run is not None and self._calls < len(run) else None
 
+    def shift(self, shift: Tensor) -> None:
+        """Have the scheduler's next step start from latents moved by this much.
+
+        Args:
+            shift: ``[B, C, h, w]``, in the scale in which the denoiser is given latents.
+        """
+        self._shift = shift
+
+    def restart(self) -> None:
+        """Have the scheduler's next step combine nothing that was answered before."""
+        self._restarts = True
+
+    def _prepared(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def prepared(answer: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            shift, self._shift = self._shift, None
+            if shift is not None:
+                # What the denoiser is given is what the scheduler holds times a number of the step.
+                scale = self._scheduler.scale_model_input(sample.new_ones(1), timestep)
+                sample = sample + (shift / scale).to(sample.dtype)
+            restarts, self._restarts = self._restarts, False
+            with restarted(self._scheduler) if restarts else nullcontext():
+                return step(answer, timestep, sample, *args, **kwargs)
+
+        return prepared
+
     def _after_set_timesteps(self) -> None:
+        self._shift, self._restarts = None, False
         self._table = [float(value) for value in self._scheduler.timesteps.tolist()]
         self._run = None
         self._calls = 0

@@ -1,7 +1,7 @@
 """Prompt embeddings of a pipeline's call: its own, and further ones that branches of a plan ask for."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from studio.composition.call import Embeddings
 from studio.composition.plan import Plan, Request, Text
 from studio.composition.projection import projected_out
-from studio.composition.shadow import shadowed
 from studio.errors import CompositionError
+from studio.models.prompt_encoding import PromptEncoder
+from studio.models.shadow import shadowed
 
 Encode = Callable[..., Any]
 Speak = Callable[[Mapping[str, float]], None]
@@ -89,21 +90,47 @@ class Prompts:
         try:
             own = encode(**arguments)
             if asked is not None:
-                for name, text in plan.texts.items():
-                    self._keep(name, *self._encoded(encode, arguments, text))
+                weights = [plan.text_weights, *(text.weights for text in plan.texts.values())]
+                others = [self._encoded(encode, arguments, text) for text in plan.texts.values()]
+                own, *others = self._as_long(encode, arguments, [own, *others], weights)
+                for name, embeddings in zip(plan.texts, others, strict=True):
+                    self._keep(name, *embeddings)
         finally:
             self._speak(plan.text_weights)
         self.followed = True
         return own
 
+    def _as_long(
+        self,
+        encode: Encode,
+        arguments: Mapping[str, Any],
+        found: Sequence[tuple[Any, ...]],
+        weights: Sequence[Mapping[str, float]],
+    ) -> list[tuple[Any, ...]]:
+        """Return embeddings of as many tokens, with those of empty prompts behind the shorter ones.
+
+        Args:
+            encode: Encodes prompts.
+            arguments: Of the pipeline's call.
+            found: What was encoded.
+            weights: Of the text encoders when it was.
+        """
+        longest = max(each[0].shape[1] for each in found)
+        same = []
+        for each, spoken in zip(found, weights, strict=True):
+            tokens, negative, *others = each
+            if tokens.shape[1] < longest:
+                self._speak(spoken)
+                empty = encode(**_said(arguments, "", negative=""))
+                times = (longest - tokens.shape[1]) // empty[0].shape[1]
+                tokens = torch.cat([tokens, *[empty[0]] * times], dim=1)
+                negative = None if negative is None else torch.cat([negative, *[empty[1]] * times], dim=1)
+            same.append((tokens, negative, *others))
+        return same
+
     def _encoded(self, encode: Encode, arguments: Mapping[str, Any], text: Text) -> tuple[Any, ...]:
         self._speak(text.weights)
-        changed = dict(arguments)
-        if text.prompt is not None:
-            asked = arguments["prompt"]
-            changed["prompt"] = text.prompt if isinstance(asked, str) else [text.prompt] * len(asked)
-            if "prompt_2" in changed:
-                changed["prompt_2"] = None
+        changed = arguments if text.prompt is None else _said(arguments, text.prompt)
         tokens, *others = encode(**changed)
         if (unwanted := text.without) is not None:
             directions = self._embedded(encode, arguments, unwanted.words)
@@ -138,8 +165,24 @@ class Prompts:
             if name in changed:
                 changed[name] = None
         tokens: Tensor = encode(**changed)[0][0]
-        length = len(self._pipe.tokenizer(text, truncation=True, max_length=len(tokens)).input_ids)
+        if isinstance(encode, PromptEncoder):
+            length = encode.num_rows(text)
+        else:
+            length = len(self._pipe.tokenizer(text, truncation=True, max_length=len(tokens)).input_ids)
         return tokens[:length].float()
+
+
+def _said(arguments: Mapping[str, Any], prompt: str, *, negative: str | None = None) -> dict[str, Any]:
+    """Return the arguments with another prompt, and another negative prompt where there is one."""
+    texts = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
+    changed = dict(arguments)
+    for name, text in texts.items():
+        given = arguments.get(name)
+        if given is not None:
+            changed[name] = text if isinstance(given, str) else [text] * len(given)
+        if f"{name}_2" in changed:
+            changed[f"{name}_2"] = None
+    return changed
 
 
 def _texts(given: Any) -> list[str]:

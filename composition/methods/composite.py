@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
-from studio.composition.policies import known, text_weights
+from studio.composition.policies import check_some, known, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -88,10 +88,7 @@ class Composite(Composer):
 
 def _shares(given: Mapping[str, float], adapters: Sequence[str]) -> dict[str, float]:
     """Return each adapter's share; they sum to 1."""
-    if not adapters:
-        raise CompositionError(
-            "method 'composite' got no adapters. Give at least one, or use method 'merge'."
-        )
+    check_some("composite", adapters)
     known("shares", list(given), adapters)
     shares = {name: given.get(name, 1.0) for name in adapters}
     total = sum(shares.values())

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step
-from studio.composition.policies import text_weights
+from studio.composition.policies import check_some, known, text_weights
 from studio.errors import CompositionError
-from studio.registry import COMPOSERS, nearest
+from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
@@ -229,16 +229,9 @@ class KLora(Composer):
 
     def _order(self, names: Sequence[str]) -> list[str]:
         """Return the adapters, the content first."""
-        if not names:
-            raise CompositionError(
-                "method 'klora' got no adapters. Give a content and a style, or use method 'merge'."
-            )
+        check_some("klora", names)
         content = self.options.content or names[0]
-        if content not in names:
-            raise CompositionError(
-                f"content: unknown adapter '{content}'.{nearest(content, list(names))} Known: "
-                f"{', '.join(names)}."
-            )
+        known("content", [content], names)
         return [content, *(name for name in names if name != content)]
 
     def _duels(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from studio.composition.importance import triggers_of
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
-from studio.errors import CompositionError
+from studio.composition.policies import check_some
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
 
@@ -63,11 +63,8 @@ class Sine(Composer):
         Raises:
             CompositionError: If there is no adapter, or the source prompt is not known.
         """
-        if not adapters:
-            raise CompositionError(
-                "method 'sine' got no adapters. Give the one that was trained on the picture."
-            )
-        source = self.options.source or ", ".join(triggers_of(adapters, {}).values())
+        check_some("sine", adapters)
+        source = self.options.source or ", ".join(triggers_of(adapters, {}, option="source").values())
         share = self.options.base_share
         together = (
             Branch({}, "conditional", share),

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step
-from studio.composition.policies import text_weights
+from studio.composition.plan import BaseInfo, Composer, Request, Step
+from studio.composition.policies import check_some, text_weights
+from studio.composition.turns import SOLVER_HISTORY, SolverHistory, TurnsPlan
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, nearest
 from studio.specs import Options as MethodOptions
@@ -17,24 +18,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SwitchPlan(Plan):
+class SwitchPlan(TurnsPlan):
     """Turns of ``period`` steps in the order of ``adapters``, over and over."""
 
-    weights: Mapping[str, float]
     period: int
 
-    def active(self, index: int) -> str:
-        """Return the adapter that acts at the step of that index (from 0).
+    def active(self, step: Step) -> str:
+        """Return the adapter that acts at a step.
 
         ``i(t) = floor(((t - 1) mod (k tau)) / tau) + 1`` for t and i counted from 1, arXiv:2402.16843, Sec.
         3.1.
         """
-        return self.adapters[index % (len(self.adapters) * self.period) // self.period]
-
-    def at(self, step: Step) -> Sequence[Branch]:
-        """Return the one branch, in which one adapter acts."""
-        name = self.active(step.index)
-        return (Branch({name: self.weights[name]}),)
+        return self.adapters[step.index % (len(self.adapters) * self.period) // self.period]
 
     def check(self, total: int) -> None:
         """Raise CompositionError when the run is too short for every adapter to have a turn."""
@@ -68,7 +63,8 @@ class Switch(Composer):
     tau + 1 steps; here every turn has tau steps, as in the paper's formula. Differs from the paper: the text
     encoders, which run once before the first step, have all adapters merged by default, so that each trigger
     word means what its adapter learnt; the authors' code encodes with the first adapter only
-    (``text_encoder_policy="first"``).
+    (``text_encoder_policy="first"``). Multistep solvers go on with the answers of the adapter before, as in
+    the authors' code; ``solver_history="drop"`` has them start anew with each turn.
     """
 
     class Options(MethodOptions):
@@ -85,6 +81,7 @@ class Switch(Composer):
             "merged",
             description="What the text encoders, which run once, hold: no adapter, the first, or all.",
         )
+        solver_history: SolverHistory = Field("keep", description=SOLVER_HISTORY)
 
         @field_validator("order", mode="before")
         @classmethod
@@ -107,16 +104,14 @@ class Switch(Composer):
         Raises:
             CompositionError: If there is no adapter, or ``order`` does not name each adapter once.
         """
-        if not adapters:
-            raise CompositionError(
-                "method 'switch' got no adapters. Give at least one, or use method 'merge'."
-            )
+        check_some("switch", adapters)
         order = self.options.order or tuple(adapters)
         _check_order(order, list(adapters))
         ordered = {name: weights[name] for name in order}
         return SwitchPlan(
             order,
             weights=dict(weights),
+            solver_history=self.options.solver_history,
             period=self.options.switch_every,
             text_weights=text_weights(self.options.text_encoder_policy, ordered),
         )

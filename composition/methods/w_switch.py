@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.importance import by_ablation, triggers_of
-from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step
-from studio.composition.policies import known, text_weights
+from studio.composition.plan import BaseInfo, Composer, Request, Step
+from studio.composition.policies import check_some, known, text_weights
+from studio.composition.turns import SOLVER_HISTORY, SolverHistory, TurnsPlan
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WSwitchPlan(Plan):
+class WSwitchPlan(TurnsPlan):
     """Turns of ``turns`` steps in the order of ``adapters``, over and over, and ``final`` at the end."""
 
-    weights: Mapping[str, float]
     turns: tuple[int, ...]
     final: str | None
     final_steps: int
@@ -36,11 +36,6 @@ class WSwitchPlan(Plan):
                 return name
             place -= turn
         raise AssertionError("a cycle has a turn for each of its steps")
-
-    def at(self, step: Step) -> Sequence[Branch]:
-        """Return the one branch, in which one adapter acts."""
-        name = self.active(step)
-        return (Branch({name: self.weights[name]}),)
 
     def check(self, total: int) -> None:
         """Raise CompositionError when the run is too short for every adapter to have a turn."""
@@ -76,6 +71,7 @@ class WSwitch(Composer):
             "merged",
             description="What the text encoders, which run once, hold: no adapter, the first, or all.",
         )
+        solver_history: SolverHistory = Field("keep", description=SOLVER_HISTORY)
 
     reads_prompt = True
 
@@ -91,10 +87,7 @@ class WSwitch(Composer):
         Raises:
             CompositionError: If there is no adapter, or trigger words or the final adapter are not known.
         """
-        if not adapters:
-            raise CompositionError(
-                "method 'w-switch' got no adapters. Give at least one, or use method 'merge'."
-            )
+        check_some("w-switch", adapters)
         options = self.options
         final = options.final or next(iter(adapters))
         known("final", [final], list(adapters))
@@ -103,6 +96,7 @@ class WSwitch(Composer):
         return WSwitchPlan(
             tuple(adapters),
             weights=dict(weights),
+            solver_history=options.solver_history,
             turns=turns(list(importance.values()), len(adapters) * options.switch_every),
             final=final if options.final_steps else None,
             final_steps=options.final_steps,

@@ -15,7 +15,6 @@ from studio.errors import BaseModelError
 from studio.models.architecture import Architecture, architecture
 from studio.models.device import resolve_device, resolve_dtype
 from studio.models.fingerprint import fingerprint
-from studio.models.prompts import check_prompt
 from studio.models.quantization import check_quantization, quantize
 from studio.models.schedulers import make_scheduler
 from studio.registry import nearest
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "architecture",
-    "check_prompt",
     "fingerprint",
     "load_base",
     "make_scheduler",

@@ -25,17 +25,18 @@ def check_prompt(pipe: Any, text: str) -> None:
             if any(f"{name}_1" in added for name in added)
             else text
         )
-        limit = _limit(tokenizer, getattr(pipe, f"text_encoder{suffix}", None))
-        problem = _problem(tokenizer, expanded, limit)
+        problem = _problem(tokenizer, expanded, tokens_read(pipe, f"text_encoder{suffix}"))
         if problem:
             problems[problem] = None
     if problems:
         raise UsageError("\n".join(problems))
 
 
-def _limit(tokenizer: Any, encoder: Any) -> int:
-    """Return how many tokens go in, start and end included."""
+def tokens_read(pipe: Any, component: str) -> int:
+    """Return how many tokens a text encoder reads at once, start and end included."""
+    tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
     limits = [int(tokenizer.model_max_length)]
+    encoder = getattr(pipe, component, None)
     if encoder is not None:
         limits.append(int(encoder.config.max_position_embeddings))
     return min(limits)

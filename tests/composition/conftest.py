@@ -11,7 +11,7 @@ TARGET = {
     "text": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight",
 }
 TARGETS = (
-    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
     TARGET["linear"],
     TARGET["conv"],
     "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",
@@ -34,6 +34,24 @@ def make_adapter() -> Callable[..., Any]:
         shapes = {name: tuple(find_parameter(components_of(pipe), name).shape) for name in names}
         changes = {name: LoraChange.sample(shape, generator=generator) for name, shape in shapes.items()}
         return Adapter(name=f"adapter{seed}", kind="lora", changes=changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_frequency_adapter() -> Callable[..., Any]:
+    """Return a factory: pipeline, "edges" or "shapes" -> Adapter that draws these, and nothing else."""
+
+    def make(pipe: Any, name: str) -> Any:
+        import torch
+
+        from studio.adapters.adapter import Adapter
+        from studio.adapters.kinds.full import FullChange
+
+        line = torch.tensor([-0.5, 1.0, -0.5]) if name == "edges" else torch.ones(3) / 3
+        weight = pipe.unet.conv_out.weight
+        mixture = torch.randn(*weight.shape[:2], 1, 1, generator=torch.Generator().manual_seed(0))
+        return Adapter(name, "full", {"unet.conv_out.weight": FullChange(mixture * torch.outer(line, line))})
 
     return make
 
@@ -83,7 +101,7 @@ def watch(parameter: Callable[..., Any]) -> Callable[..., tuple[list[Any], Any]]
     return start
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw() -> Callable[..., Any]:
     """Return a function that runs a pipeline to its latents with a fixed seed."""
 

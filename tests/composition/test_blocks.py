@@ -196,7 +196,9 @@ def test_blocks_and_a_schedule_multiply() -> None:
     assert by_layer(both, 0.5)["conv_in"] == 0.25
 
 
-@pytest.mark.parametrize("composer", [Switch(Switch.Options(switch_every=1)), Composite()], ids=str)
+@pytest.mark.parametrize(
+    "composer", [Switch(Switch.Options(switch_every=1)), Composite()], ids=["switch", "composite"]
+)
 def test_blocks_work_under_any_method(composer: Composer) -> None:
     plan = blocked({"mid_block": 0.5}, composer)
     assert by_layer(plan)["mid_block.resnets.1.conv2"] == 0.25

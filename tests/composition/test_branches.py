@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from studio.composition.engine import compose
+from studio.composition.mixing import Mixer
 from studio.composition.plan import Branch, Composer, Plan, Step, Text
 from studio.errors import CompositionError
 
@@ -36,8 +37,8 @@ class Fixed(Composer):
 
 
 @pytest.fixture(scope="module")
-def sd(tiny_sd: Any) -> Any:
-    return tiny_sd()
+def sd(short_sd: Any) -> Any:
+    return short_sd()
 
 
 @pytest.fixture
@@ -108,6 +109,19 @@ def test_composite_of_copies_is_the_adapter(
         torch.testing.assert_close(draw(sd, steps=3, guidance_scale=guidance), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("regional", [False, True], ids=["shares", "regions"])
+def test_answers_of_16_bits_are_rounded_once(regional: bool) -> None:
+    shares = (0.3, 0.3, 0.4)
+    branches = [Branch({}, share=share, region="all" if regional else None) for share in shares]
+    generator = torch.Generator().manual_seed(0)
+    answers = [torch.randn(2, 4, 8, 8, generator=generator).bfloat16() for _ in shares]
+    got = Mixer().mixed(branches, answers, guided=False, regions={"all": torch.ones(1, 1, 4, 4)})
+    wanted = sum(share * answer.double() for share, answer in zip(shares, answers, strict=True))
+    assert got.dtype == torch.bfloat16
+    # Half a unit in the last of 8 places, and what fp32 sums are off.
+    assert bool(((got.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-6).all())
+
+
 def test_the_executors_agree_on_a_picture_and_restore_everything(
     sd: Any, pair: Any, draw: Any, snapshot: Any
 ) -> None:
@@ -148,17 +162,22 @@ def test_a_batch_that_is_too_large_falls_back_to_the_loop_and_says_so_once(
 ) -> None:
     with compose(sd, pair, method="composite", batched=False):
         wanted = draw(sd, steps=3)
-    forward = sd.unet.conv_in.forward
+    rows: list[int] = []
+    # After most of the work, when the layers already have each row's changes.
+    forward = sd.unet.conv_out.forward
 
     def narrow(sample: torch.Tensor) -> torch.Tensor:
+        rows.append(len(sample))
         if len(sample) > 2:
             raise torch.OutOfMemoryError("no memory for it")
         return forward(sample)
 
-    monkeypatch.setattr(sd.unet.conv_in, "forward", narrow)
-    with compose(sd, pair, method="composite"):
-        got = draw(sd, steps=3)
-    assert torch.equal(got, wanted)
+    monkeypatch.setattr(sd.unet.conv_out, "forward", narrow)
+    with compose(sd, pair, method="composite") as composition:
+        assert torch.equal(draw(sd, steps=3), wanted)
+        assert torch.equal(draw(sd, steps=3), wanted)
+    assert rows == [4] + [2] * 12
+    assert composition.passes.full == 24
     assert sum("one after the other" in record.message for record in caplog.records) == 1
 
 
@@ -198,12 +217,12 @@ def test_a_shared_unconditional_answer_is_the_bases(
     assert composition.passes.full == 6
 
 
-@pytest.mark.parametrize("build", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("build", ["short_sd", "short_sdxl"])
 def test_each_branch_may_have_the_prompt_embeddings_of_its_own_text_encoder(
     build: str, request: pytest.FixtureRequest, make_adapter: Any, draw: Any, target: Any
 ) -> None:
     pipe = request.getfixturevalue(build)()
-    first = {"tiny_sd": None, "tiny_sdxl": [target["linear"]]}[build]
+    first = {"short_sd": None, "short_sdxl": [target["linear"]]}[build]
     more = {} if first is None else {"targets": first}
     pair = {
         "one": make_adapter(pipe, 1, text=True, **more),
@@ -220,6 +239,19 @@ def test_each_branch_may_have_the_prompt_embeddings_of_its_own_text_encoder(
         got = predicted(pipe, draw)
     torch.testing.assert_close(got, sum(alone) / 2, **CLOSE)
     assert float((alone[0] - base).abs().max()) > 1e-4 < float((alone[0] - alone[1]).abs().max())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_prompt_is_encoded_once_for_each_text_encoder_state_and_not_at_each_step(
+    steps: int, sd: Any, pair: Any, draw: Any
+) -> None:
+    encoded: list[int] = []
+    handle = sd.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    with compose(sd, pair, method="composite", options={"text_encoder_policy": "own"}):
+        draw(sd, steps=steps)
+    handle.remove()
+    # The pipeline's own embeddings and each adapter's, of the prompt and of the negative one.
+    assert len(encoded) == (1 + len(pair)) * 2
 
 
 def without_denoiser(adapter: Any) -> Any:
@@ -302,11 +334,11 @@ def test_branches_that_make_no_answer_are_refused_before_the_first_step(
 
 @pytest.mark.parametrize("method", ["merge", "switch", "composite"])
 def test_adapters_act_on_weights_that_are_offloaded_layer_by_layer(
-    method: str, tiny_sd: Any, make_adapter: Any, draw: Any
+    method: str, short_sd: Any, make_adapter: Any, draw: Any
 ) -> None:
     from accelerate import cpu_offload
 
-    pipe = tiny_sd()
+    pipe = short_sd()
     pair = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     options = {"switch_every": 1} if method == "switch" else {}
     with compose(pipe, pair, method=method, weights={"one": 0.7}, options=options):

@@ -21,9 +21,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("place", ["linear", "conv", "text"])
 def test_merge_of_two_equals_the_weighted_sum(
-    place: str, tiny_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
+    place: str, short_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     one, two = make_adapter(pipe, 1, text=True), make_adapter(pipe, 2, text=True)
     name = target[place]
     wanted = summed(pipe, [(one, 0.8), (two, -0.3)], name)
@@ -33,8 +33,8 @@ def test_merge_of_two_equals_the_weighted_sum(
     assert not torch.allclose(parameter(pipe, name).double(), wanted)
 
 
-def test_weights_default_to_one(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_weights_default_to_one(short_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = short_sd()
     adapter = make_adapter(pipe, 1)
     with compose(pipe, {"one": adapter}):
         plain = draw(pipe)
@@ -43,9 +43,9 @@ def test_weights_default_to_one(tiny_sd: Any, make_adapter: Any, draw: Any) -> N
 
 
 def test_an_adapter_changes_the_picture_and_more_weight_changes_it_more(
-    tiny_sd: Any, make_adapter: Any, draw: Any
+    short_sd: Any, make_adapter: Any, draw: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     base, adapter = draw(pipe), make_adapter(pipe, 1)
     distances = []
     for weight in (0.05, 0.5):
@@ -55,22 +55,24 @@ def test_an_adapter_changes_the_picture_and_more_weight_changes_it_more(
 
 
 @pytest.mark.parametrize("method", ["merge", "switch"])
-def test_weight_zero_is_the_base_bit_for_bit(method: str, tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_weight_zero_is_the_base_bit_for_bit(
+    method: str, short_sd: Any, make_adapter: Any, draw: Any
+) -> None:
+    pipe = short_sd()
     base = draw(pipe)
     with compose(pipe, {"one": make_adapter(pipe, 1, text=True)}, method=method, weights={"one": 0.0}):
         assert torch.equal(draw(pipe), base)
 
 
-def test_no_adapters_are_the_base(tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_no_adapters_are_the_base(short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     base = draw(pipe)
     with compose(pipe, {}):
         assert torch.equal(draw(pipe), base)
 
 
-def test_switch_with_one_adapter_equals_merge(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_switch_with_one_adapter_equals_merge(short_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = short_sd()
     adapter = make_adapter(pipe, 1, text=True)
     pictures = []
     for method in ("merge", "switch"):
@@ -83,9 +85,9 @@ def test_switch_with_one_adapter_equals_merge(tiny_sd: Any, make_adapter: Any, d
     ("solver", "calls"), [("ddim", "112211"), ("heun", "11112222111"), ("pndm", "1112211")]
 )
 def test_switch_puts_each_adapter_into_the_weights_at_its_turn(
-    solver: str, calls: str, tiny_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
+    solver: str, calls: str, short_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     pipe.scheduler = make_scheduler(pipe, solver)
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     wanted = {name: summed(pipe, [(adapter, 0.5)]) for name, adapter in adapters.items()}
@@ -102,7 +104,7 @@ def test_switch_puts_each_adapter_into_the_weights_at_its_turn(
 
 
 def test_weights_are_merged_again_only_when_the_weighting_changes(
-    tiny_sd: Any, make_adapter: Any, draw: Any, monkeypatch: pytest.MonkeyPatch
+    short_sd: Any, make_adapter: Any, draw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from studio.composition import executor
 
@@ -114,7 +116,7 @@ def test_weights_are_merged_again_only_when_the_weighting_changes(
             super().apply(changes)
 
     monkeypatch.setattr(executor, "WeightBank", Counting)
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     with compose(pipe, adapters):
         draw(pipe, steps=4)
@@ -128,9 +130,9 @@ def test_weights_are_merged_again_only_when_the_weighting_changes(
 @pytest.mark.parametrize("method", ["merge", "switch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_everything_is_restored_bit_for_bit(
-    method: str, dtype: torch.dtype, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any
+    method: str, dtype: torch.dtype, short_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any
 ) -> None:
-    pipe = tiny_sd().to(dtype)
+    pipe = short_sd().to(dtype)
     before, picture = snapshot(pipe), draw(pipe, steps=3)
     pointers = {
         name: find_parameter(components_of(pipe), name).data_ptr()
@@ -154,9 +156,9 @@ def switching(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["merge", "switch"])
 def test_an_exception_in_mid_run_restores_everything(
-    method: str, tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any, parameter: Any
+    method: str, short_sd: Any, make_adapter: Any, draw: Any, snapshot: Any, target: Any, parameter: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     before = snapshot(pipe)
     scheduler_before = set(vars(pipe.scheduler))
     adapters = {"one": make_adapter(pipe, 1, text=True), "two": make_adapter(pipe, 2)}
@@ -196,9 +198,9 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["merge", "switch"])
 def test_a_forward_pass_inside_has_the_operations_of_the_base(
-    method: str, tiny_sd: Any, make_adapter: Any
+    method: str, short_sd: Any, make_adapter: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     text = torch.randn(2, 77, 32, generator=generator)
@@ -222,9 +224,9 @@ def test_a_forward_pass_inside_has_the_operations_of_the_base(
 
 
 def test_two_pipelines_are_composed_side_by_side(
-    tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any
+    short_sd: Any, make_adapter: Any, draw: Any, snapshot: Any
 ) -> None:
-    first, second = tiny_sd(), tiny_sd()
+    first, second = short_sd(), short_sd()
     adapters = {"one": make_adapter(first, 1), "two": make_adapter(first, 2)}
     options = {"switch_every": 1}
     with compose(first, adapters, method="switch", options=options):
@@ -248,9 +250,9 @@ def test_two_pipelines_are_composed_side_by_side(
     ("policy", "spoken"), [("base", []), ("first", ["one"]), ("merged", ["one", "two"])], ids=str
 )
 def test_the_text_encoder_policy_of_switch_acts_on_the_text_encoder(
-    policy: str, spoken: list[str], tiny_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
+    policy: str, spoken: list[str], short_sd: Any, make_adapter: Any, target: Any, parameter: Any, summed: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1, text=True), "two": make_adapter(pipe, 2, text=True)}
     wanted = summed(pipe, [(adapters[name], 0.5) for name in spoken], target["text"])
     options = {"text_encoder_policy": policy}
@@ -260,9 +262,9 @@ def test_the_text_encoder_policy_of_switch_acts_on_the_text_encoder(
 
 
 def test_a_prompt_encoded_before_is_said(
-    tiny_sd: Any, make_adapter: Any, draw: Any, caplog: pytest.LogCaptureFixture
+    short_sd: Any, make_adapter: Any, draw: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1, text=True)}
     given = dict(
         zip(
@@ -281,9 +283,9 @@ def test_a_prompt_encoded_before_is_said(
 
 
 def test_image_to_image_and_inpainting_on_the_same_components_are_composed(
-    tiny_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
+    short_sd: Any, make_adapter: Any, draw: Any, summed: Any, watch: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1, 1, 64, 64)
@@ -305,9 +307,9 @@ def test_image_to_image_and_inpainting_on_the_same_components_are_composed(
 
 
 def test_sdxl_with_both_text_encoders_is_composed_and_restored(
-    tiny_sdxl: Any, make_adapter: Any, draw: Any, snapshot: Any, parameter: Any, summed: Any
+    short_sdxl: Any, make_adapter: Any, draw: Any, snapshot: Any, parameter: Any, summed: Any
 ) -> None:
-    pipe = tiny_sdxl()
+    pipe = short_sdxl()
     targets = (
         "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight",
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight",
@@ -324,8 +326,8 @@ def test_sdxl_with_both_text_encoders_is_composed_and_restored(
     assert torch.equal(draw(pipe), base)
 
 
-def test_a_compiled_denoiser_is_composed(tiny_sd: Any, make_adapter: Any, draw: Any, snapshot: Any) -> None:
-    pipe, compiled = tiny_sd(), tiny_sd()
+def test_a_compiled_denoiser_is_composed(short_sd: Any, make_adapter: Any, draw: Any, snapshot: Any) -> None:
+    pipe, compiled = short_sd(), short_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     compiled.unet = torch.compile(compiled.unet, backend="eager")
     pictures = []
@@ -341,8 +343,8 @@ def test_a_compiled_denoiser_is_composed(tiny_sd: Any, make_adapter: Any, draw: 
     )
 
 
-def test_the_table_of_a_composition_can_be_printed(tiny_sd: Any, make_adapter: Any) -> None:
-    pipe = tiny_sd()
+def test_the_table_of_a_composition_can_be_printed(short_sd: Any, make_adapter: Any) -> None:
+    pipe = short_sd()
     with contextlib.nullcontext(
         compose(pipe, {"one": make_adapter(pipe, 1)}, weights={"one": 0.3})
     ) as composition:
@@ -351,9 +353,9 @@ def test_the_table_of_a_composition_can_be_printed(tiny_sd: Any, make_adapter: A
 
 @pytest.mark.parametrize("method", ["switch", "composite"])
 def test_a_composition_may_be_entered_again_after_it_was_left(
-    method: str, tiny_sd: Any, make_adapter: Any, draw: Any
+    method: str, short_sd: Any, make_adapter: Any, draw: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     composition = compose(
         pipe, {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}, method=method, **switching(method)
     )

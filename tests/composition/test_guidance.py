@@ -17,8 +17,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # branches are summed in another order
 
 
 @pytest.fixture(scope="module")
-def sd(tiny_sd: Any) -> Any:
-    return tiny_sd()
+def sd(short_sd: Any) -> Any:
+    return short_sd()
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def test_the_last_steps_are_the_final_adapters() -> None:
 
 
 @pytest.mark.parametrize("method", ["w-switch", "w-composite"])
-def test_the_pipelines_prompt_decides(method: str, tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_the_pipelines_prompt_decides(method: str, short_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = short_sd()
     pair = {
         name: replace(make_adapter(pipe, seed), metadata={"modelspec.trigger_phrase": words})
         for name, seed, words in (("one", 1, "sks fox"), ("two", 2, "ink"))
@@ -84,8 +84,8 @@ def test_the_pipelines_prompt_decides(method: str, tiny_sd: Any, make_adapter: A
     assert torch.equal(found[0][1], found[2][1]) and not torch.equal(found[0][1], found[1][1])
 
 
-def test_unknown_trigger_words_are_said(tiny_sd: Any, make_adapter: Any) -> None:
-    pipe = tiny_sd()
+def test_unknown_trigger_words_are_said(short_sd: Any, make_adapter: Any) -> None:
+    pipe = short_sd()
     pair = {"one": make_adapter(pipe, 1)}
     with pytest.raises(CompositionError, match="trigger words of 'one' are not known"):
         compose(pipe, pair, method="w-switch")

@@ -19,8 +19,8 @@ WEIGHTS = {"a": 0.8, "b": -0.6}
 
 
 @pytest.fixture
-def pipe(tiny_sd: Callable[[], Any]) -> Any:
-    return tiny_sd()
+def pipe(short_sd: Callable[[], Any]) -> Any:
+    return short_sd()
 
 
 @pytest.fixture

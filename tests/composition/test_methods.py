@@ -6,8 +6,9 @@ import pytest
 
 from studio.composition.methods.merge import Merge
 from studio.composition.methods.switch import Switch
+from studio.composition.modifiers.pin import Pin
 from studio.composition.plan import Branch, PlanRow, Step, covers
-from studio.errors import CompositionError, SpecError
+from studio.errors import CompositionError, SpecError, UsageError
 from studio.registry import COMPOSERS
 from studio.specs import GenerateSpec, Options, known_fields, parse_spec
 
@@ -42,6 +43,13 @@ def test_a_specification_takes_the_options_of_its_method() -> None:
         parse_spec(GenerateSpec, {"prompt": "x", "method": "switch", "switch_every": 0})
 
 
+def test_options_of_another_method_are_not_taken_for_defaults() -> None:
+    with pytest.raises(UsageError, match=r"Switch takes Switch.Options\(...\), got Options"):
+        Switch(Merge.Options())
+    with pytest.raises(UsageError, match=r"Pin takes Pin.Options\(...\), got dict"):
+        Pin({"adapters": ["a"]})
+
+
 def test_merge_gives_every_adapter_its_weight_at_every_step() -> None:
     plan = Merge().prepare(names(3), weights(3))
     assert plan.constant
@@ -62,7 +70,8 @@ def test_switch_follows_the_formula_of_the_paper(total: int, tau: int, count: in
 
 
 def test_switch_gives_the_first_adapter_no_extra_step() -> None:
-    assert [switch(2, switch_every=3).active(index) for index in range(7)] == list("aaabbba")
+    plan = switch(2, switch_every=3)
+    assert [plan.active(Step(index, 7, index / 7)) for index in range(7)] == list("aaabbba")
 
 
 def test_switch_takes_turns_in_the_given_order() -> None:

@@ -18,8 +18,8 @@ NONE = {"full_first": 0, "full_last": 0}
 
 
 @pytest.fixture(scope="module")
-def sd(tiny_sd: Any) -> Any:
-    return tiny_sd()
+def sd(short_sd: Any) -> Any:
+    return short_sd()
 
 
 @pytest.fixture

@@ -54,8 +54,8 @@ def indices(steps: list[Step | None]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_text_to_image_goes_through_all_steps_in_order(name: str, tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_text_to_image_goes_through_all_steps_in_order(name: str, short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = scheduler(name)
     steps = watched(pipe, lambda pipe: draw(pipe, steps=5))
     assert None not in steps
@@ -68,9 +68,9 @@ def test_text_to_image_goes_through_all_steps_in_order(name: str, tiny_sd: Any, 
 # The first steps of Runge-Kutta PNDM need four calls each, which a start inside the schedule would cut.
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "pndm-runge-kutta"])
 def test_image_to_image_counts_its_own_steps_and_starts_inside_the_schedule(
-    name: str, tiny_sd: Any, draw: Any
+    name: str, short_sd: Any, draw: Any
 ) -> None:
-    base = tiny_sd()
+    base = short_sd()
     pipe = diffusers.StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
     pipe.scheduler = scheduler(name)
     pipe.set_progress_bar_config(disable=True)
@@ -82,28 +82,28 @@ def test_image_to_image_counts_its_own_steps_and_starts_inside_the_schedule(
     assert steps[0] is not None and steps[0].fraction == pytest.approx(0.4)
 
 
-def test_the_two_calls_of_a_heun_step_share_it(tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_the_two_calls_of_a_heun_step_share_it(short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = scheduler("heun")
     steps = watched(pipe, lambda pipe: draw(pipe, steps=4))
     assert indices(steps) == [0, 0, 1, 1, 2, 2, 3]
 
 
-def test_the_second_call_of_pndm_does_the_first_step_again(tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_the_second_call_of_pndm_does_the_first_step_again(short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = scheduler("pndm")
     assert indices(watched(pipe, lambda pipe: draw(pipe, steps=4))) == [0, 0, 1, 2, 3]
 
 
-def test_a_second_run_starts_from_the_first_step(tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_a_second_run_starts_from_the_first_step(short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     steps = watched(pipe, lambda pipe: [draw(pipe, steps=3), draw(pipe, steps=2)])
     assert indices(steps) == [0, 1, 2, 0, 1]
     assert [step.total for step in steps if step] == [3, 3, 3, 2, 2]
 
 
-def test_a_run_after_an_aborted_one_starts_from_the_first_step(tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_a_run_after_an_aborted_one_starts_from_the_first_step(short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
 
     def stop(pipe: Any, index: int, timestep: Any, values: Any) -> Any:
         raise KeyboardInterrupt
@@ -116,16 +116,16 @@ def test_a_run_after_an_aborted_one_starts_from_the_first_step(tiny_sd: Any, dra
     assert indices(watched(pipe, twice)) == [0, 0, 1]
 
 
-def test_a_run_that_ends_before_the_schedule_counts_the_steps_it_executes(tiny_sdxl: Any, draw: Any) -> None:
-    steps = watched(tiny_sdxl(), lambda pipe: draw(pipe, steps=10, denoising_end=0.5))
+def test_a_run_that_ends_before_the_schedule_counts_the_steps_it_executes(short_sdxl: Any, draw: Any) -> None:
+    steps = watched(short_sdxl(), lambda pipe: draw(pipe, steps=10, denoising_end=0.5))
     assert indices(steps) == list(range(len(steps)))
     assert {step.total for step in steps if step} == {len(steps)}
     assert len(steps) < 10
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpm++2m"])
-def test_the_noise_level_is_a_falling_sigma(name: str, tiny_sd: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_the_noise_level_is_a_falling_sigma(name: str, short_sd: Any, draw: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = scheduler(name)
     steps = [step for step in watched(pipe, lambda pipe: draw(pipe, steps=5)) if step]
     alphas = pipe.scheduler.alphas_cumprod

@@ -12,13 +12,13 @@ from studio.adapters.kinds.full import FullChange
 from studio.composition.engine import compose
 from studio.composition.methods.switch import Switch
 from studio.composition.plan import Branch, Composer, Plan, Step
-from studio.errors import AdapterError, CompositionError, UsageError
+from studio.errors import AdapterError, CompositionError, SpecError, UsageError
 
 
 def test_a_second_composition_on_the_same_denoiser_is_refused(
-    tiny_sd: Any, make_adapter: Any, draw: Any
+    short_sd: Any, make_adapter: Any, draw: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1)}
     with compose(pipe, adapters):
         inside = draw(pipe)
@@ -32,8 +32,8 @@ def test_a_second_composition_on_the_same_denoiser_is_refused(
         composition.__enter__()
 
 
-def test_pipelines_that_share_a_composed_text_encoder_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
-    first, second = tiny_sd(), tiny_sd()
+def test_pipelines_that_share_a_composed_text_encoder_are_refused(short_sd: Any, make_adapter: Any) -> None:
+    first, second = short_sd(), short_sd()
     second.text_encoder = first.text_encoder
     adapters = {"one": make_adapter(first, 1, text=True)}
     with (
@@ -45,9 +45,9 @@ def test_pipelines_that_share_a_composed_text_encoder_are_refused(tiny_sd: Any, 
 
 
 def test_switch_that_leaves_an_adapter_idle_is_refused_before_the_first_step(
-    tiny_sd: Any, make_adapter: Any, draw: Any, watch: Any
+    short_sd: Any, make_adapter: Any, draw: Any, watch: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
     seen, handle = watch(pipe)
     with (
@@ -61,10 +61,10 @@ def test_switch_that_leaves_an_adapter_idle_is_refused_before_the_first_step(
     assert not seen
 
 
-def test_live_peft_layers_are_refused_until_they_are_unloaded(tiny_sd: Any, make_adapter: Any) -> None:
+def test_live_peft_layers_are_refused_until_they_are_unloaded(short_sd: Any, make_adapter: Any) -> None:
     from peft import LoraConfig
 
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1)}
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(
@@ -76,8 +76,8 @@ def test_live_peft_layers_are_refused_until_they_are_unloaded(tiny_sd: Any, make
         pass
 
 
-def test_fused_projections_are_refused_until_they_are_separate(tiny_sd: Any, make_adapter: Any) -> None:
-    pipe = tiny_sd()
+def test_fused_projections_are_refused_until_they_are_separate(short_sd: Any, make_adapter: Any) -> None:
+    pipe = short_sd()
     pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(CompositionError, match=r"Call pipe.unfuse_qkv_projections\(\)"):
         compose(pipe, {"one": make_adapter(pipe, 1)})
@@ -88,9 +88,9 @@ def test_fused_projections_are_refused_until_they_are_separate(tiny_sd: Any, mak
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_weights_on_meta_are_refused_where_nothing_can_act_beside_them(
-    part: str, tiny_sd: Any, target: Any
+    part: str, short_sd: Any, target: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     dense = FullChange(torch.zeros(pipe.unet.conv_in.weight.shape))
     getattr(pipe, part).to("meta")
     with pytest.raises(CompositionError, match="enable_model_cpu_offload"):
@@ -98,23 +98,23 @@ def test_weights_on_meta_are_refused_where_nothing_can_act_beside_them(
 
 
 def test_an_adapter_of_another_architecture_is_refused_with_its_misfits(
-    tiny_sd: Any, tiny_sdxl: Any, make_adapter: Any, target: Any
+    short_sd: Any, short_sdxl: Any, make_adapter: Any, target: Any
 ) -> None:
     names = ("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight", "unet.conv_in.weight")
-    adapter = make_adapter(tiny_sdxl(), 1, targets=names)
+    adapter = make_adapter(short_sdxl(), 1, targets=names)
     with pytest.raises(
         AdapterError, match=r"'xl' does not fit the base model \(1 of 2 changes\): the base has no 'unet.up"
     ):
-        compose(tiny_sd(), {"xl": adapter})
-    wrong = {target["linear"]: make_adapter(tiny_sd(), 1).changes["unet.mid_block.resnets.0.conv1.weight"]}
+        compose(short_sd(), {"xl": adapter})
+    wrong = {target["linear"]: make_adapter(short_sd(), 1).changes["unet.mid_block.resnets.0.conv1.weight"]}
     with pytest.raises(AdapterError, match="is 32 x 128 in the base and 32 x 32 x 3 x 3 in the adapter"):
-        compose(tiny_sd(), {"bad": replace(adapter, changes=wrong)})
+        compose(short_sd(), {"bad": replace(adapter, changes=wrong)})
 
 
 def test_a_linear_change_fits_a_one_by_one_convolution(
-    tiny_sd: Any, make_adapter: Any, parameter: Any
+    short_sd: Any, make_adapter: Any, parameter: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     name = "unet.mid_block.attentions.0.proj_in.weight"
     adapter = make_adapter(pipe, 1, targets=[name])
     flat = replace(adapter, changes={name: adapter.changes[name].fitted((32, 32))})
@@ -124,13 +124,20 @@ def test_a_linear_change_fits_a_one_by_one_convolution(
         assert torch.equal(parameter(pipe, name), wanted)
 
 
-def test_wrong_names_and_weights_are_refused(tiny_sd: Any, make_adapter: Any) -> None:
-    pipe = tiny_sd()
+def test_wrong_names_and_weights_are_refused(short_sd: Any, make_adapter: Any) -> None:
+    pipe = short_sd()
     adapters = {"dog": make_adapter(pipe, 1)}
     with pytest.raises(UsageError, match=r"unknown adapter 'dig'. Did you mean 'dog'"):
         compose(pipe, adapters, weights={"dig": 1.0})
-    with pytest.raises(UsageError, match="'dog' must be a finite number, got nan"):
-        compose(pipe, adapters, weights={"dog": float("nan")})
+    for wrong in (float("nan"), float("-inf"), "much", None):
+        with pytest.raises(UsageError, match=rf"'dog' must be a finite number, got {wrong!r}\."):
+            compose(pipe, adapters, weights={"dog": wrong})
+    with pytest.raises(SpecError, match=r"shares.dog: Input should be a finite number, got inf"):
+        compose(pipe, adapters, method="composite", options={"shares": {"dog": float("inf")}})
+    with pytest.raises(UsageError, match=r"'dog' is a str. Read files with studio.load_adapter"):
+        compose(pipe, {"dog": "dog.safetensors"})
+    with pytest.raises(UsageError, match=r"a table from names to adapters is wanted.*got list"):
+        compose(pipe, [*adapters.values()])
     with pytest.raises(UsageError, match=r"unknown composition method 'swich'. Did you mean 'switch'"):
         compose(pipe, adapters, method="swich")
     with pytest.raises(UsageError, match="switch_evry: unknown option"):
@@ -139,10 +146,20 @@ def test_wrong_names_and_weights_are_refused(tiny_sd: Any, make_adapter: Any) ->
         compose(pipe, adapters, method=Switch(), options={"switch_every": 1})
 
 
-def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_step(
-    tiny_sd: Any, make_adapter: Any
+def test_one_adapter_under_two_names_acts_twice(
+    short_sd: Any, make_adapter: Any, parameter: Any, summed: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
+    adapter = make_adapter(pipe, 1)
+    wanted = summed(pipe, [(adapter, 0.5), (adapter, 0.25)])
+    with compose(pipe, {"one": adapter, "again": adapter}, weights={"one": 0.5, "again": 0.25}):
+        torch.testing.assert_close(parameter(pipe).double(), wanted, rtol=1e-6, atol=1e-6)  # one rounding
+
+
+def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_step(
+    short_sd: Any, make_adapter: Any
+) -> None:
+    pipe = short_sd()
     inputs = {
         "sample": torch.zeros(1, 4, 8, 8),
         "timestep": 5,
@@ -157,8 +174,8 @@ def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_ste
         pipe.unet(**inputs)
 
 
-def test_a_replaced_scheduler_is_said(tiny_sd: Any, make_adapter: Any, draw: Any) -> None:
-    pipe = tiny_sd()
+def test_a_replaced_scheduler_is_said(short_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = short_sd()
     with (
         compose(pipe, {"one": make_adapter(pipe, 1)}, method="switch"),
         pytest.raises(CompositionError, match="do not replace the scheduler"),
@@ -190,9 +207,9 @@ class Fixed(Composer):
 
 
 def test_a_composer_of_ones_own_may_weight_layers(
-    tiny_sd: Any, make_adapter: Any, draw: Any, target: Any, parameter: Any, summed: Any
+    short_sd: Any, make_adapter: Any, draw: Any, target: Any, parameter: Any, summed: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapter = make_adapter(pipe, 1)
     conv = "unet.mid_block.resnets.0.conv1.weight"
     base, wanted = parameter(pipe, conv).clone(), summed(pipe, [(adapter, 0.5)])

@@ -21,12 +21,12 @@ def token(word: str = "<toy>", vectors: int = 1, encoders: tuple[str, ...] = ("t
     return Adapter("toy", "textual-inversion", {}, {word: rows})
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["short_sd", "short_sdxl"])
 def test_a_token_acts_in_prompts_inside_the_block_alone(
     request: pytest.FixtureRequest, draw: Any, snapshot: Any, model: str
 ) -> None:
     pipe = request.getfixturevalue(model)()
-    encoders = ("text_encoder", "text_encoder_2") if model == "tiny_sdxl" else ("text_encoder",)
+    encoders = ("text_encoder", "text_encoder_2") if model == "short_sdxl" else ("text_encoder",)
     plain, named = draw(pipe, prompt="a fox"), draw(pipe, prompt="a <toy>")
     # Taken after a call: a tokenizer keeps the length that it last cut texts to.
     before, known = snapshot(pipe), pipe.tokenizer._tokenizer.to_str()
@@ -42,9 +42,9 @@ def test_a_token_acts_in_prompts_inside_the_block_alone(
 
 
 def test_an_adapter_with_changes_and_a_token_acts_as_the_two_together(
-    tiny_sd: Factory, make_adapter: Any, draw: Any
+    short_sd: Factory, make_adapter: Any, draw: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     style, toy = make_adapter(pipe, 1, text=True), token()
     with compose(pipe, {"style": style, "toy": toy}, weights={"style": 0.5}):
         apart = draw(pipe, prompt="a <toy>")
@@ -53,8 +53,8 @@ def test_an_adapter_with_changes_and_a_token_acts_as_the_two_together(
     assert torch.equal(apart, together)
 
 
-def test_a_token_takes_no_turn_of_switch(tiny_sd: Factory, make_adapter: Any) -> None:
-    pipe = tiny_sd()
+def test_a_token_takes_no_turn_of_switch(short_sd: Factory, make_adapter: Any) -> None:
+    pipe = short_sd()
     adapters = {"one": make_adapter(pipe, 1), "toy": token(), "two": make_adapter(pipe, 2)}
     plan = compose(pipe, adapters, method="switch", options={"switch_every": 1}).plan
     acting = [set(plan.at(Step(index, 4, index / 4))[0].weights) for index in range(4)]
@@ -62,9 +62,9 @@ def test_a_token_takes_no_turn_of_switch(tiny_sd: Factory, make_adapter: Any) ->
 
 
 def test_what_tokens_cannot_do_is_refused_before_anything_is_touched(
-    tiny_sd: Factory, tiny_sdxl: Factory, make_adapter: Any
+    short_sd: Factory, short_sdxl: Factory, make_adapter: Any
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     with pytest.raises(UsageError, match=r"'toy' is the token <toy>, which has no strength.*got 0.5"):
         compose(pipe, {"toy": token()}, weights={"toy": 0.5})
     with pytest.raises(CompositionError, match="'other' brings the token <toy>, as another adapter does"):
@@ -72,14 +72,14 @@ def test_what_tokens_cannot_do_is_refused_before_anything_is_touched(
     with pytest.raises(UsageError, match="the token 'x' exists already"):
         compose(pipe, {"toy": token("x")})
     with pytest.raises(AdapterError, match="has embeddings for text_encoder, the base model has"):
-        compose(tiny_sdxl(), {"toy": token()})
+        compose(short_sdxl(), {"toy": token()})
     with pytest.raises(CompositionError, match="method 'switch' got no adapters"):
         compose(pipe, {"toy": token()}, method="switch")
     assert "<toy>" not in pipe.tokenizer.get_vocab()
 
 
-def test_pipelines_that_share_a_tokenizer_do_not_take_each_others_token(tiny_sd: Factory) -> None:
-    one, other = tiny_sd(), tiny_sd()
+def test_pipelines_that_share_a_tokenizer_do_not_take_each_others_token(short_sd: Factory) -> None:
+    one, other = short_sd(), short_sd()
     assert one.tokenizer is other.tokenizer
     with (
         compose(one, {"toy": token()}),
