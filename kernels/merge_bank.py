@@ -84,7 +84,6 @@ def _start(total: Tensor, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, 
     if not pairs:
         total.copy_(weight)
         return
-    # Contiguous: matrix products sum in another order for other strides.
     downs, ups, scales = zip(*pairs, strict=True)
     down, up = (_wide(_joined(parts, axis), total) for parts, axis in ((downs, 0), (ups, 1)))
     alpha = scales[0]

@@ -1,23 +1,28 @@
 """The Python interface: load, train, compose, draw. The command line and the page's worker call the same."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.adapters.files import load_adapter, save_adapter
-from studio.bases import base_to_draw, base_to_train, cached_base, execution
+from studio.bases import base_to_train, cached_base
+from studio.batches.drawing import draw_wanted, missing
+from studio.batches.lines import Line, wanted_pictures
+from studio.batches.manifest import Manifest
+from studio.batches.run import draw_batch, draw_grid, written
 from studio.composition.engine import compose
-from studio.errors import OutputError, UsageError
+from studio.drawing import Result, check_writable, draw_all, picture_paths
+from studio.errors import SpecError, UsageError
 from studio.generation import Settings, Stopped, draw, quiet, solver
 from studio.models.base import load_base
 from studio.models.device import resolve_device
-from studio.png import infotext, write_png
-from studio.provenance import differences, facts_of
-from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec, adapter_names, parse_spec
+from studio.models.prompt_encoding import reading_prompts
+from studio.prompt_settings import settled
+from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec
+from studio.specs.events import silent
 from studio.trainers import loop
 from studio.trainers.outputs import part_paths, save_trained
 from studio.trainers.processes import join
@@ -36,6 +41,8 @@ __all__ = [
     "Result",
     "TrainResult",
     "compose",
+    "draw_batch",
+    "draw_grid",
     "generate",
     "generate_batch",
     "load_adapter",
@@ -70,25 +77,6 @@ class TrainResult:
     main: bool = True
 
 
-@dataclass(frozen=True)
-class Result:
-    """One picture.
-
-    Attributes:
-        image: The picture.
-        prompt: What it was asked to show.
-        seed: Of its noise.
-        infotext: Its settings in the form that other programs read.
-        path: Its file, or None if it was not written.
-    """
-
-    image: "Image"
-    prompt: str
-    seed: int
-    infotext: str
-    path: Path | None = None
-
-
 def train(
     spec: TrainSpec, *, on_event: OnEvent | None = None, stop: Callable[[], bool] | None = None
 ) -> TrainResult:
@@ -110,9 +98,9 @@ def train(
     with processes.together():
         parts = part_paths(spec.output, spec)
         for path in (spec.output, *parts.values()):
-            _check_writable(path, overwrite=spec.may_replace)
+            check_writable(path, overwrite=spec.may_replace)
         pipe = base_to_train(spec, processes)
-    tell = on_event or _nobody
+    tell = on_event or silent
     losses: list[float] = []
     stops: list[bool] = []
 
@@ -161,13 +149,14 @@ def generate(
         BaseModelError: If the base cannot be loaded.
         AdapterError: If an adapter cannot be read or does not fit.
     """
+    spec = settled(spec)
     seeds = range(spec.seed, spec.seed + spec.count)
     singles = [spec.model_copy(update={"seed": seed, "count": 1}) for seed in seeds]
-    paths = _picture_paths(singles)
-    tell = on_event or _nobody
+    paths = picture_paths(singles)
+    tell = on_event or silent
     results: list[Result] = []
     try:
-        for result in _draw_all(singles, batch_size=spec.batch_size, paths=paths, tell=tell, stop=stop):
+        for _, result in draw_all(singles, batch_size=spec.batch_size, paths=paths, tell=tell, stop=stop):
             results.append(result)
     except Stopped:
         tell(Event(kind="message", message=f"stopped after {len(results)} of {spec.count} pictures"))
@@ -202,13 +191,14 @@ def generate_batch(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
 ) -> Iterator[Result]:
-    """Yield a picture of every prompt with every seed, prompt by prompt, as they come.
+    """Yield a picture of every prompt with every seed as they come: prompt by prompt, but long prompts last.
 
-    The adapters stay on the base until the iterator is used up or closed.
+    The adapters stay on the base until the iterator is used up or closed. What a prompt says of itself, such
+    as ``<lora:name:0.8>`` and ``--s 30``, counts for it alone; see docs/generating.md.
 
     Args:
         prompts: What to draw.
-        seeds: Each prompt is drawn with each of these.
+        seeds: Each prompt is drawn with each of these, unless it ends in ``--d`` with its own.
         base: Base model.
         adapters: Weight by adapter file.
         method: How several adapters act together.
@@ -228,13 +218,15 @@ def generate_batch(
         offload: What waits on the CPU.
         vae_tiling: Decode tile by tile.
         compile: Compile the UNet's transformer blocks.
-        output: Folder to write each picture to, as `generate` does; None writes nothing.
-        overwrite: Replace pictures of the same name.
+        output: Folder to write each picture to as ``<number of the prompt>-<seed>.png``, listed in
+            ``manifest.jsonl``; None writes nothing. Those that are there already are neither drawn nor
+            yielded.
+        overwrite: Draw pictures anew that are there with other settings.
         on_event: Told of progress in denoising steps and of each written picture.
 
     Raises:
         UsageError: If a value is out of range.
-        OutputError: If a picture exists and may not be replaced, or cannot be written.
+        OutputError: If a picture is there with other settings, or cannot be written.
         BaseModelError: If the base cannot be loaded.
         AdapterError: If an adapter cannot be read or does not fit.
     """
@@ -263,87 +255,15 @@ def generate_batch(
         "overwrite": overwrite,
         **({} if output is None else {"output": output}),
     }
-    specs = [
-        parse_spec(GenerateSpec, {**shared, "prompt": text, "seed": seed})
-        for text in prompts
-        for seed in seeds
-    ]
-    paths = () if output is None else _picture_paths(specs)
-    return _draw_all(specs, batch_size=batch_size, paths=paths, tell=on_event or _nobody)
-
-
-def _picture_paths(specs: Sequence[GenerateSpec]) -> list[Path]:
-    """Return each picture's file, ``<index>-<seed>.png``, after checking that all may be written."""
-    paths = [spec.output / f"{index:04d}-{spec.seed}.png" for index, spec in enumerate(specs)]
-    for path, spec in zip(paths, specs, strict=True):
-        _check_writable(path, overwrite=spec.overwrite)
-    return paths
-
-
-def _draw_all(
-    specs: Sequence[GenerateSpec],
-    *,
-    batch_size: int,
-    paths: Sequence[Path],
-    tell: OnEvent,
-    stop: Callable[[], bool] | None = None,
-) -> Iterator[Result]:
-    """Yield each specification's picture, written if there are paths; only prompt and seed may differ."""
-    if not specs:
-        return
-    first = specs[0]
-    settings = Settings(first.negative_prompt, first.steps, first.guidance_scale, first.width, first.height)
-    total = first.steps * len(specs)
-    with ExitStack() as stack:
-        pipe = base_to_draw(first)
-        stack.enter_context(quiet(pipe))
-        sampler = stack.enter_context(solver(pipe, first.scheduler))
-        # Before composing: inside, the fingerprint would be that of the composed weights.
-        facts = facts_of(pipe, first, sampler=sampler)
-        for line in differences(first, facts):
-            tell(Event(kind="message", message=line))
-        stack.enter_context(execution(pipe, first))
-        stack.enter_context(_composed(pipe, first))
-        for start in range(0, len(specs), batch_size):
-            batch = specs[start : start + batch_size]
-
-            def report(done: int, start: int = start, size: int = len(batch)) -> None:
-                tell(Event(kind="progress", step=first.steps * start + done * size, total=total))
-
-            images = draw(
-                pipe,
-                [spec.prompt for spec in batch],
-                [spec.seed for spec in batch],
-                settings=settings,
-                on_step=report,
-                stop=stop,
-            )
-            for index, (spec, image) in enumerate(zip(batch, images, strict=True), start):
-                known = replace(facts, width=image.width, height=image.height)
-                path = paths[index] if paths else None
-                text = write_png(image, path, spec, known) if path else infotext(spec, known)
-                if path:
-                    tell(Event(kind="picture", path=path, step=index + 1, total=len(specs)))
-                yield Result(image, spec.prompt, spec.seed, text, path)
-
-
-def _composed(pipe: "DiffusionPipeline", spec: GenerateSpec) -> AbstractContextManager[Any]:
-    if not spec.adapters and not spec.modifiers:
-        return ExitStack()
-    names = adapter_names(spec.adapters)
-    adapters = {
-        name: load_adapter(use.path, base=pipe, name=name)
-        for name, use in zip(names, spec.adapters, strict=True)
-    }
-    weights = {name: use.weight for name, use in zip(names, spec.adapters, strict=True)}
-    return compose(
-        pipe,
-        adapters,
-        method=spec.method,
-        weights=weights,
-        options=spec.options,
-        modifiers=spec.modifiers,
-    )
+    lines = [Line(number, text) for number, text in enumerate(prompts, 1)]
+    wanted, problems = wanted_pictures(lines, shared, seeds)
+    if problems:
+        raise SpecError(problems)
+    if output is None:
+        found = draw_wanted(wanted, batch_size=batch_size, write=False, tell=on_event or silent)
+        return (result for _, result in found)
+    todo = missing(wanted, overwrite=overwrite)
+    return written(todo, Manifest(Path(output)), batch_size=batch_size, tell=on_event or silent)
 
 
 def _sampler(spec: TrainSpec) -> "SampleFunction":
@@ -355,6 +275,8 @@ def _sampler(spec: TrainSpec) -> "SampleFunction":
     ) -> "list[Image]":
         with ExitStack() as stack:
             stack.enter_context(solver(pipe, "default"))
+            # As captions are read: no character of them means anything else.
+            stack.enter_context(reading_prompts(pipe, raw=True))
             if adapter is not None:
                 stack.enter_context(compose(pipe, {"adapter": adapter}))
             return draw(pipe, prompts, seeds, settings=settings)
@@ -369,21 +291,3 @@ def warm(base: str, *, device: str = "auto", precision: str = "auto") -> None:
         BaseModelError: If it cannot be loaded.
     """
     cached_base(base, device, precision)
-
-
-def _check_writable(path: Path, *, overwrite: bool) -> None:
-    """Make the folder of an output and refuse before the work what would fail after it."""
-    if path.is_dir():
-        raise OutputError(f"'{path}' is a folder where a file is to be written. Choose another output.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"'{path}' exists. Choose another output or give --overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder '{path.parent}': {error.strerror or error}.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"the folder '{path.parent}' may not be written to. Choose another output.")
-
-
-def _nobody(_: Event) -> None:
-    """Take an event that nobody asked for."""

@@ -46,6 +46,10 @@ class CompositionError(StudioError):
     """Adapters cannot be composed on this pipeline as asked."""
 
 
+class BaseNeeded(AdapterError, CompositionError):
+    """What adapters do cannot be told without their base, and none was given."""
+
+
 class TrainingError(StudioError):
     """Training cannot start or go on."""
 

@@ -109,8 +109,8 @@ def add_fields(parser: argparse.ArgumentParser, spec_type: type[BaseModel], meth
             _add_field(group, name, fields[name])
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the keys of a TOML file.
+def read_toml(path: Path, what: str = "config file") -> dict[str, Any]:
+    """Return the keys of a TOML file; ``what`` is what messages call it.
 
     Raises:
         UsageError: If it cannot be read; names the line where it is malformed.
@@ -118,9 +118,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"cannot read the config file '{path}': {error.strerror}.") from None
+        raise UsageError(f"cannot read the {what} '{path}': {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the config file '{path}' is not valid TOML: {error}.") from None
+        raise UsageError(f"the {what} '{path}' is not valid TOML: {error}.") from None
 
 
 def _early(argv: Sequence[str]) -> tuple[Path | None, str | None]:
@@ -169,10 +169,13 @@ def _own_flag(field: FieldInfo) -> Flag | None:
 def _pairs(items: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for item in items:
-        key, equals, value = item.rpartition("=")
-        if not equals:
-            raise UsageError(f"'{item}' must be KEY=VALUE.")
-        pairs[key] = value
+        parts = item.split(",")
+        # A comma belongs to a value or a file's name unless a pair follows it, too.
+        for pair in parts if all("=" in part for part in parts) else [item]:
+            key, equals, value = pair.strip().rpartition("=")
+            if not equals:
+                raise UsageError(f"'{item}' must be KEY=VALUE.")
+            pairs[key] = value
     return pairs
 
 
@@ -190,8 +193,8 @@ def _help(field: FieldInfo) -> str:
         text += " Required."
     elif isinstance(field.default, bool):
         text += f" [{'on' if field.default else 'off'}]"
-    elif field.default is not None and field.default not in ("", (), {}):
-        text += f" [{field.default}]"
+    elif (default := field.get_default(call_default_factory=True)) not in (None, "", (), {}):
+        text += f" [{default}]"
     if allows_none(field) and field.default is not None:
         text += " ('none' for none)"
     return text.replace("%", "%%")

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from studio.models.base import check_prompt, make_scheduler
+from studio.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+    from studio.models.prompt_encoding import PromptEncoder
 
 
 class Stopped(Exception):
@@ -47,6 +49,7 @@ def draw(
     """Return one picture per prompt and seed, drawn as one batch.
 
     Each picture's noise is of its own generator on the CPU: neither the batch nor the device changes it.
+    Outside of ``reading_prompts`` the pipeline cuts prompts that are longer than its text encoder reads.
 
     Args:
         pipe: A text-to-image pipeline; what is composed on it acts.
@@ -57,13 +60,10 @@ def draw(
         stop: Asked after each denoising step whether to give up.
 
     Raises:
-        UsageError: If a prompt is longer than the text encoder reads.
+        UsageError: If the syntax of a prompt is wrong, inside of ``reading_prompts``.
         Stopped: If ``stop`` said so.
     """
     import torch
-
-    for text in {*prompts, settings.negative_prompt}:
-        check_prompt(pipe, text)
 
     def after_step(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step:
@@ -83,6 +83,20 @@ def draw(
         callback_on_step_end=after_step,
     )
     return list(drawn.images)
+
+
+def num_chunks(reader: "PromptEncoder", prompt: str, settings: Settings) -> int:
+    """Return how many chunks long the prompts of one picture are."""
+    texts = [prompt, settings.negative_prompt] if settings.guidance_scale > 1 else [prompt]
+    return max(reader.num_chunks(text) for text in texts)
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield the places of what is of one length, at most ``size`` at a time, the shortest first."""
+    for length in sorted(set(lengths)):
+        places = [place for place, each in enumerate(lengths) if each == length]
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
 
 
 @contextmanager

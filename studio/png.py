@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from studio import __version__
 from studio.errors import OutputError, SpecError, UsageError
+from studio.models.prompt_syntax import escaped
 from studio.specs import GenerateSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ FORMAT = 1
 MAX_CHUNK = 256 * 1024
 # Where a picture goes and on what machine it is made is the affair of who makes it again, never of the file.
 MACHINE = frozenset({"device", "attention", "offload", "compile"})
-NOT_OF_THE_PICTURE = MACHINE | {"output", "overwrite", "batch_size", "count", "expected_hashes"}
+NOT_OF_THE_PICTURE = MACHINE | {
+    "output", "overwrite", "batch_size", "count", "expected_hashes", "adapter_folder",
+}  # fmt: skip
 SAMPLERS = {
     "ddim": "DDIM",
     "dpm++2m": "DPM++ 2M",
@@ -63,6 +66,8 @@ class Facts:
         adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order.
         embeddings: Of the adapters those that are embeddings, by path as in the specification.
         version: Of this program.
+        macs: Multiply-accumulates of the denoiser for this picture, where a cache took part.
+        cached_share: Share of its evaluations with deep features of an earlier step, where a cache took part.
     """
 
     width: int
@@ -73,6 +78,8 @@ class Facts:
     adapter_hashes: Mapping[str, str] = field(default_factory=dict)
     embeddings: Mapping[str, EmbeddingFile] = field(default_factory=dict)
     version: str = __version__
+    macs: int | None = None
+    cached_share: float | None = None
 
 
 def infotext(spec: GenerateSpec, facts: Facts) -> str:
@@ -84,11 +91,17 @@ def infotext(spec: GenerateSpec, facts: Facts) -> str:
     changing = [str(use.path) not in facts.embeddings for use in spec.adapters]
     uses = compress(spec.adapters, changing)
     lora_hashes = compress(facts.adapter_hashes.items(), changing)
-    prompts = f"{spec.prompt}\n{spec.negative_prompt}"
-    named = [found for found in facts.embeddings.values() if found.token in prompts]
-    lines = [" ".join([spec.prompt, *(f"<lora:{use.path.stem}:{use.weight:g}>" for use in uses)])]
-    if spec.negative_prompt:
-        lines.append(f"Negative prompt: {spec.negative_prompt}")
+    prompt, negative = (
+        escaped(text) if spec.raw_prompt else text for text in (spec.prompt, spec.negative_prompt)
+    )
+    named = [
+        found
+        for found in facts.embeddings.values()
+        if found.token in f"{spec.prompt}\n{spec.negative_prompt}"
+    ]
+    lines = [" ".join([prompt, *(f"<lora:{use.path.stem}:{use.weight:g}>" for use in uses)])]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
     settings = {
         "Steps": spec.steps,
         "Sampler": SAMPLERS.get(spec.scheduler, facts.sampler),

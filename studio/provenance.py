@@ -1,5 +1,6 @@
 """What pictures are drawn with: names and hashes of base and adapters, and whether those are expected."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from studio.models.fingerprint import fingerprint
 from studio.png import EmbeddingFile, Facts
 from studio.registry import FORMATS
 from studio.specs import GenerateSpec, adapter_names
+from studio.specs.composition import Ingredients
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,9 +58,28 @@ def embedding_file(path: Path) -> EmbeddingFile | None:
 
 def differences(spec: GenerateSpec, facts: Facts) -> list[str]:
     """Return a line for the base and each adapter whose hash is another than the specification expects."""
-    base, adapters = "Choose the right one, or the precision it had.", "Choose the right file."
-XX        f"{kind} '{name}' is not the expected one, so pictures will differ: its hash begins with "
+    base = {spec.base: facts.model_hash}
+    return [
+        *_unexpected("base model", base, spec, "Choose the right one, or the precision it had."),
+        *adapter_differences(spec, list(facts.adapter_hashes.values())),
+    ]
+
+
+def adapter_differences(spec: Ingredients, hashes: Sequence[str]) -> list[str]:
+    """Return a line for each adapter whose hash is another than the specification expects.
+
+    Args:
+        spec: Its adapters and what is expected of them.
+        hashes: SHA-256 of the adapters' tensors, in their order.
+    """
+    found = {str(use.path): digest for use, digest in zip(spec.adapters, hashes, strict=True)}
+    return _unexpected("adapter", found, spec, "Choose the right file.")
+
+
+def _unexpected(kind: str, found: Mapping[str, str], spec: Ingredients, remedy: str) -> list[str]:
+    return [
+        f"{kind} '{name}' is not the expected one, so pictures will differ: its hash begins with "
         f"{digest[:_SHOWN]}, wanted {wanted[:_SHOWN]}. {remedy}"
-        for kind, name, digest, remedy in found
+        for name, digest in found.items()
         if (wanted := spec.expected_hashes.get(name, digest)) != digest
     ]

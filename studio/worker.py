@@ -14,18 +14,42 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from studio.errors import StudioError
-from studio.jobs import Job, JobStore
+from studio.jobs import Job, JobStore, Kind
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
+from studio.specs.composing import PlanSpec
 from studio.workspace import Workspace, workspace
 
 HEARTBEAT_SECONDS = 0.5
 POLL_SECONDS = 0.2
 
 log = logging.getLogger("studio.worker")
+
+
+@dataclass(frozen=True)
+class Sort:
+    """What jobs of one kind ask for.
+
+    Attributes:
+        spec_type: Their specification.
+        output: Its field for what is written, which must lie in the workspace.
+        again: Fields of further attempts: what an earlier one left is the job's own.
+    """
+
+    spec_type: Any
+    output: str
+    again: Mapping[str, Any]
+
+
+SORTS: Mapping[Kind, Sort] = {
+    "train": Sort(TrainSpec, "output", {"resume": True, "overwrite": True}),
+    "generate": Sort(GenerateSpec, "output", {"overwrite": True}),
+    "plan": Sort(PlanSpec, "picture", {"overwrite": True}),
+}
 
 
 class Worker:
@@ -68,19 +92,14 @@ class Worker:
         log.info("job %d: %s", job.id, self.store.get(job.id).state)
 
     def _run(self, job: Job, *, stop: Callable[[], bool]) -> None:
-        spec_type: Any = {"train": TrainSpec, "generate": GenerateSpec}[job.kind]
-        # What an earlier attempt left is this job's own: it may be replaced, and a training goes on from it.
-        again = {"train": {"resume": True, "overwrite": True}, "generate": {"overwrite": True}}[job.kind]
-        spec = parse_spec(spec_type, job.spec | (again if job.attempt > 1 else {}))
-        spec = spec.model_copy(update={"output": self.space.inside(spec.output)})
-
-        from studio import api
+        sort = SORTS[job.kind]
+        spec = parse_spec(sort.spec_type, {**job.spec, **(sort.again if job.attempt > 1 else {})})
+        spec = spec.model_copy(update={sort.output: self.space.inside(getattr(spec, sort.output))})
 
         def report(event: Event) -> None:
             self.store.report(job.id, event)
 
-        carry_out: Any = {"train": api.train, "generate": api.generate}[job.kind]
-        carry_out(spec, on_event=report, stop=stop)
+        _carry_out(job.kind)(spec, on_event=report, stop=stop)
 
     def _unexpected(self, job: Job, error: Exception) -> str:
         """Write the traceback to the job's log file and return one line for the user."""
@@ -88,6 +107,18 @@ class Worker:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         what = (str(error).strip() or "no message").splitlines()[0]
         return f"Unexpected {type(error).__name__}: {what}. The details are in {path}."
+
+
+def _carry_out(kind: Kind) -> Callable[..., Any]:
+    """Return what does jobs of a kind; importing it takes seconds."""
+    if kind == "plan":
+        from studio.composing.plan import show_plan
+
+        # Done before anybody could stop it.
+        return lambda spec, *, on_event, stop: show_plan(spec, on_event=on_event)
+    from studio import api
+
+    return api.train if kind == "train" else api.generate
 
 
 class _Watch:

@@ -1,8 +1,8 @@
-"""Several processes that fit one adapter together, each with its share of every batch.
+"""Several processes that fit one adapter together, each with its share of every batch, or share other work.
 
 All hold the same parameters and take the same steps; what they see differs, and gradients are averaged. The
-first one alone writes files and tells of events. Whoever fails says so where the others meet next, so that
-none waits for one that has gone.
+first one alone writes the files of a training and tells of its events. Whoever fails says so where the others
+meet next, so that none waits for one that has gone.
 """
 
 import atexit
@@ -42,7 +42,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files and tells of events."""
+        """Whether this is the first one."""
         return self.index == 0
 
     def own(self, device: torch.device, *, asked: str = "auto") -> torch.device:
@@ -228,7 +228,7 @@ def join(device: torch.device) -> Processes:
         DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
     ):
         raise TrainingError(
-            f"several processes can train on CPUs or on NVIDIA GPUs, not on '{device}' "
+            f"several processes can work together on CPUs or on NVIDIA GPUs, not on '{device}' "
             f"({state.distributed_type}). Give --device cpu, or start one process."
         )
     return Processes(state.process_index, state.num_processes, local=max(0, state.local_process_index))

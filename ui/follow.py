@@ -21,6 +21,8 @@ _TITLES = {
     ("train", "done"): "Trained",
     ("generate", "running"): "Drawing",
     ("generate", "done"): "Done",
+    ("plan", "running"): "Planning",
+    ("plan", "done"): "Plan",
 }
 _STATES = {"queued": "Waiting", "failed": "Failed", "cancelled": "Stopped", "interrupted": "Interrupted"}
 

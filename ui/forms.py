@@ -12,8 +12,8 @@ from typing import Any, Literal
 import gradio as gr
 from pydantic import BaseModel
 
-from studio.registry import FORMATS
-from studio.specs import MethodSpec
+from studio.registry import FORMATS, MERGERS
+from studio.specs import MethodSpec, settable
 from studio.specs.groups import grouped
 
 Values = dict[str, Any]
@@ -133,6 +133,10 @@ class Form:
                     self._place(options, name, method, {"min_width": min_width} | looks)
             self._groups.setdefault(method, []).append(group)
 
+    def show_with(self, method: str, group: Any) -> None:
+        """Show another part of the page while a method is chosen."""
+        self._groups.setdefault(method, []).append(group)
+
     def follow_method(self) -> None:
         """Show the options of the method that is chosen; call once, after all fields have their place."""
         method = next(field.component for field in self.fields if field.name == "method")
@@ -152,10 +156,10 @@ class Form:
         method = next((value for field, value in pairs if field.name == "method"), None)
         wanted = [(field, value) for field, value in pairs if field.method in (None, method)]
         request = {field.name: field.read(value) for field, value in wanted}
-        required = [name for name, field in self.spec_type.model_fields.items() if field.is_required()]
-        return {
-            name: value for name, value in request.items() if not (name in required and value in ("", None))
-        }
+        known = settable(self.spec_type, method)
+        required = [name for name, field in known.items() if field.is_required()]
+        empty: tuple[Any, ...] = ("", None, [], {})
+        return {name: value for name, value in request.items() if not (name in required and value in empty)}
 
     def write(self, request: Mapping[str, Any]) -> list[Any]:
         """Return what the components show for a request; fields it does not name stay as they are."""
@@ -177,6 +181,15 @@ class Form:
         return component
 
 
+def field_of(options: type[BaseModel], name: str) -> Field:
+    """Place one option of something that is no method, and return its field."""
+    schema = _schema(options, name)
+    assert schema is not None, f"no component can show {name}"
+    layout = _LAYOUTS.get(schema.get("type", ""), "plain")
+    component = _component(name, schema, None, {})
+    return Field(name, None, bool(schema.get("nullable")), layout, component)
+
+
 def folded(heading: str) -> Any:
     """Return a part of a form that opens under its heading."""
     return gr.Accordion(heading, open=False, elem_classes="folded")
@@ -196,8 +209,14 @@ def _schema(model: type[BaseModel], name: str) -> Values | None:
         raw | (branches[0] if branches else {}) | {"nullable": len(branches) != len(raw.get("anyOf", ()))}
     )
     simple = schema.get("type") in ("string", "integer", "number", "boolean") or "enum" in schema
+    # True stands for entries that the option itself reads from text.
     entries = schema.get("items", schema.get("additionalProperties"))
-    lines = isinstance(entries, Mapping) and entries.get("type") in ("string", "integer", "number")
+    lines = entries is True or (
+        isinstance(entries, Mapping)
+        and entries.get("type") in ("string", "integer", "number")
+        # Masks are painted, see ``regions.py``.
+        and entries.get("format") != "mask"
+    )
     return schema if simple or lines else None
 
 
@@ -212,6 +231,7 @@ def _choices(spec_type: type[MethodSpec], name: str) -> tuple[list[str], bool] |
     named = {
         "method": (spec_type.registry.names, False),
         "format": (FORMATS.names, False),
+        "how": (MERGERS.names, False),
         "base": (lambda: ["starter"], True),
         "device": (lambda: ["auto", "cpu", "cuda", "mps"], True),
     }

@@ -160,7 +160,7 @@ class Panel:
         note = ""
         if story.job.state == "queued":
             ahead = self.follower.ahead(story.job)
-            what = {"train": "a training", "generate": "a drawing"}
+            what = {"train": "a training", "generate": "a drawing", "plan": "a plan"}
             note = f"It starts after {what[ahead.kind]} that is running." if ahead else self.trouble()
         return status(story, note=note)
 

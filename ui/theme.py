@@ -26,6 +26,8 @@ h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-sub
 .fields .block:has(> label > input[type=checkbox], input[type=checkbox]) {
   min-width: min(170px, 100%) !important; }
 .sliders:not(:has(input)) { display: none; }
+.regions :is(button[aria-label=Pan], button[aria-label^=Zoom], .zoom-number, .separator) {
+  display: none !important; }
 .form > .block, .form { background: transparent; box-shadow: none; border: none !important; }
 .form > .block { padding: 0 !important; }
 .adapters { align-items: end; gap: 12px; }

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from studio.errors import AdapterError
+
 LABELS = {"sd1": "SD 1.5", "sd2": "SD 2.x", "sdxl": "SDXL"}
 # ss_base_model_version, modelspec.architecture and modelspec.implementation, by family; "sd2-v" is SD 2.x
 # trained on velocity, whose files have the names and shapes of "sd2".
@@ -39,6 +41,14 @@ def family_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         if len(widths) == 1:
             return _FAMILY_BY_WIDTH.get(widths.pop())
     return None
+
+
+def check_one_family(adapters: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise AdapterError if adapters, given by name as shapes by parameter, are for different families."""
+    families = {name: family for name, shapes in adapters.items() if (family := family_of(shapes))}
+    if len(set(families.values())) > 1:
+        kinds = ", ".join(f"'{name}' for {label(family)}" for name, family in families.items())
+        raise AdapterError(f"the adapters are for different base models: {kinds}. Choose adapters for one.")
 
 
 def naming_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:

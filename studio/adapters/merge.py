@@ -18,13 +18,13 @@ from studio.adapters.kinds.lokr import LokrChange
 from studio.adapters.kinds.lora import LoraChange
 from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.merger import Factors, Layer, Merger, Term
-from studio.errors import AdapterError, UsageError
+from studio.errors import AdapterError, BaseNeeded, UsageError
 
 if TYPE_CHECKING:
     from studio.adapters.merger import Target
 
-# Kinds whose changes are the same on every base.
-_SELF_CONTAINED = (LoraChange, FullChange, SparseChange, LohaChange, LokrChange)
+SELF_CONTAINED = (LoraChange, FullChange, SparseChange, LohaChange, LokrChange)
+"""Kinds whose changes are the same on every base, and linear in the adapter's weight."""
 _KINDS = {LoraChange: "lora", FullChange: "full", SparseChange: "sparse"}
 
 
@@ -126,9 +126,9 @@ def _layer(
     """Return the changes of one parameter, made to fit each other, and the rank to write at."""
     shape = tuple((parameter(name) if parameter else _shaped(terms)).shape)
     terms = [Term(term.adapter, _fitted(term, shape, name, terms[0]), term.weight) for term in terms]
-    needy = [term for term in terms if not isinstance(term.change, _SELF_CONTAINED)]
+    needy = [term for term in terms if not isinstance(term.change, SELF_CONTAINED)]
     if needy and parameter is None:
-        raise AdapterError(
+        raise BaseNeeded(
             f"the change of '{name}' by '{needy[0].adapter}' depends on the base's weight, and no base is "
             "given. Give the base model."
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.block_probe.injection import Call, injected, recorded
-from studio.block_probe.pictures import draw_bars, draw_grid
+from studio.block_probe.pictures import draw_bars, draw_looks
 from studio.block_probe.prompt_pairs import COMMON_WORDS, STARTER_WORDS, Pair, prompt_pairs
 from studio.block_probe.table import ALL, NONE, Look, ProbeReport, ProbeRow, effects
 from studio.errors import OutputError
@@ -73,7 +73,7 @@ def probe(spec: ProbeSpec, *, on_event: OnEvent | None = None) -> ProbeReport:
     rows = probed.rows()
     facts = _circumstances(spec, pipe) | {"rows": [asdict(row) for row in rows], "pairs": probed.pair_facts()}
     table.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    draw_grid(probed.pictures, [probed.title(place) for place in probed.columns]).save(grid, optimize=True)
+    draw_looks(probed.pictures, [probed.title(place) for place in probed.columns]).save(grid, optimize=True)
     draw_bars(rows).save(bars, optimize=True)
     return ProbeReport(rows, table, grid, bars)
 

@@ -1,38 +1,32 @@
 """Merge adapter files into one, with a report before anything is written."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.container import check_target
-from studio.adapters.families import family_of, label
-from studio.adapters.files import load_adapter, save_adapter, usual_dtype
+from studio.adapters.families import check_one_family
+from studio.adapters.files import load_adapter, usual_dtype
 from studio.adapters.kinds.full import FullChange
 from studio.adapters.kinds.lora import LoraChange
 from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.merge import merge_adapters
-from studio.adapters.origin import origin_facts
 from studio.adapters.parameters import components_of, find_parameter
 from studio.composition.fit import tokens_of
 from studio.errors import AdapterError, OutputError
 from studio.inspection import refuse_existing
+from studio.merging.outputs import described, inherited_facts, write_with_tokens
 from studio.merging.picture import draw_curves
 from studio.merging.report import MergeReport, report_of
 from studio.models.base import load_base
 from studio.models.device import resolve_dtype
-from studio.provenance import tensor_hash
 from studio.specs import AdapterUse, Event, MergeSpec, OnEvent, adapter_names
 
-# What a file says of its base; kept where no adapter says otherwise.
-_OF_BASE = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "modelspec.prediction_type",
-            "studio.base", "studio.base.fp16", "studio.base.bf16")  # fmt: skip
-_TRIGGER = "modelspec.trigger_phrase"
 # Without a base, the kernel of other kinds is not known, or their changes depend on its weights.
 _WITHOUT_BASE = (LoraChange, FullChange, SparseChange)
 
@@ -78,7 +72,7 @@ def merge(spec: MergeSpec, *, on_event: OnEvent | None = None) -> MergeResult:
     tokens = tokens_of(adapters, weights)
     layered = {name: adapter for name, adapter in adapters.items() if adapter.changes}
     if pipe is None:
-        _check_without_base(layered)
+        check_without_base(layered, remedy="Give --base.")
     merged = merge_adapters(
         layered,
         {name: weights[name] for name in layered},
@@ -95,7 +89,11 @@ def merge(spec: MergeSpec, *, on_event: OnEvent | None = None) -> MergeResult:
     if spec.preview is not None:
         _draw(report, spec.preview)
         tell(Event(kind="picture", path=spec.preview))
-    paths = _write(adapter, spec, dtype, pipe) if spec.output else ()
+    paths: tuple[Path, ...] = ()
+    if spec.output is not None:
+        paths = write_with_tokens(
+            adapter, spec.output, format=spec.format, dtype=dtype, pipe=pipe, overwrite=spec.overwrite
+        )
     for path in paths:
         tell(Event(kind="saved", path=path, message=f"wrote {path}"))
     tell(Event(kind="finished", path=spec.output, values={"error": report.whole.error}))
@@ -115,78 +113,29 @@ def _reader(pipe: Any) -> Callable[[str], Tensor]:
     return lambda name: find_parameter(components, name).detach()
 
 
-def _check_without_base(adapters: Mapping[str, Adapter]) -> None:
-    """Refuse what only a base could tell."""
+def check_without_base(adapters: Mapping[str, Adapter], *, remedy: str) -> None:
+    """Raise AdapterError for what only a base could tell; ``remedy`` is the way out."""
     for name, adapter in adapters.items():
         for parameter, change in adapter.changes.items():
             if not isinstance(change, _WITHOUT_BASE):
                 raise AdapterError(
                     f"'{name}' is of the kind {adapter.kind}, whose change of '{parameter}' cannot be told "
-                    "without the base model. Give --base."
+                    f"without the base model. {remedy}"
                 )
-    families = {
-        name: family_of({key: tuple(change.shape) for key, change in adapter.changes.items()})
-        for name, adapter in adapters.items()
-    }
-    known = {name: family for name, family in families.items() if family}
-    if len(set(known.values())) > 1:
-        kinds = ", ".join(f"'{name}' for {label(family)}" for name, family in known.items())
-        raise AdapterError(f"the adapters are for different base models: {kinds}. Choose adapters for one.")
+    check_one_family(
+        {
+            name: {key: tuple(change.shape) for key, change in adapter.changes.items()}
+            for name, adapter in adapters.items()
+        }
+    )
 
 
 def _facts(
     spec: MergeSpec, uses: Mapping[str, AdapterUse], adapters: Any, pipe: Any, tell: OnEvent
 ) -> dict[str, str]:
     """Return the metadata of the merged file: the base, trigger words, and what was merged how."""
-    facts = {}
-    for key in _OF_BASE:
-        said = {adapter.metadata[key] for adapter in adapters if key in adapter.metadata}
-        if len(said) == 1:
-            facts[key] = said.pop()
-        elif key == "studio.base" and said and pipe is None:
-            tell(Event(kind="message", message="the adapters were trained on different base models"))
-    if pipe is not None:
-        facts |= origin_facts(pipe)
-    triggers = [adapter.metadata[_TRIGGER] for adapter in adapters if adapter.metadata.get(_TRIGGER)]
-    if triggers:
-        facts[_TRIGGER] = ", ".join(dict.fromkeys(triggers))
-    made_of = [
-        {"name": name, "file": use.path.name, "sha256": tensor_hash(use.path), "weight": use.weight}
-        for name, use in uses.items()
-    ]
-    recipe = {"how": spec.how, "options": spec.settings(), "adapters": made_of}
-    return facts | {"studio.merge": json.dumps(recipe, sort_keys=True)}
-
-
-def _write(adapter: Adapter, spec: MergeSpec, dtype: torch.dtype, pipe: Any) -> tuple[Path, ...]:
-    """Write the file and one for each token: only a file of its own can hold a token."""
-    assert spec.output is not None
-    paths = [spec.output]
-    files: Sequence[tuple[str, Path]] = [
-        (token, spec.output.with_name(f"{spec.output.stem}-{_plain(token)}.safetensors"))
-        for token in adapter.tokens
-    ]
-    for _, path in files:
-        check_target(path, overwrite=spec.overwrite)
-    save_adapter(
-        replace(adapter, tokens={}),
-        spec.output,
-        format=spec.format,
-        dtype=dtype,
-        base=pipe,
-        overwrite=spec.overwrite,
-    )
-    for token, path in files:
-        part = Adapter(
-            path.stem, "textual-inversion", {}, {token: adapter.tokens[token]}, dict(adapter.metadata)
-        )
-        paths.append(save_adapter(part, path, format="embedding", base=pipe, overwrite=spec.overwrite))
-    return tuple(paths)
-
-
-def _plain(token: str) -> str:
-    """Return what of a token may stand in a file's name."""
-    return "".join(mark for mark in token if mark.isalnum() or mark in "-_") or "token"
+    recipe = {"how": spec.how, "options": spec.settings(), "adapters": described(uses)}
+    return inherited_facts(adapters, pipe, tell=tell) | {"studio.merge": json.dumps(recipe, sort_keys=True)}
 
 
 def _draw(report: MergeReport, path: Path) -> None:

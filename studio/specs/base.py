@@ -38,7 +38,7 @@ class Flag:
 class Options(BaseModel):
     """Options of one method; each description gives unit and effect for help, tooltip and documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class MethodSpec(BaseModel):

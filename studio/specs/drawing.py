@@ -1,5 +1,6 @@
 """What a user may ask of drawing pictures of a prompt, whatever is composed on the base."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -7,13 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from studio.specs.execution import Attention, Compile, Offload, Quantization
 
 
-class Drawing(BaseModel):
-    """How pictures of a prompt are drawn."""
+class Rendering(BaseModel):
+    """How pictures are drawn, whatever of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    prompt: str = Field(description="What to draw.")
     negative_prompt: str = Field("", description="What to steer away from.")
+    raw_prompt: bool = Field(
+        False, description="Take brackets, BREAK, tags and settings in prompts as the characters they are."
+    )
+    adapter_folder: Path | None = Field(
+        None, description="Where <lora:name> looks for a file before the workspace's adapters."
+    )
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(
         5.0, ge=0, le=50, description="Classifier-free guidance; 1 and less turn it off."
@@ -40,3 +46,16 @@ class Drawing(BaseModel):
         description="Decode pictures tile by tile: less memory for large ones, their seams blended.",
     )
     compile: Compile = False
+
+
+class Prompted(BaseModel):
+    """What pictures are drawn of."""
+
+    prompt: str = Field(
+        description="What to draw. (words:1.2) weighs words, <lora:name:0.8> adds an adapter; see "
+        "docs/generating.md."
+    )
+
+
+class Drawing(Rendering, Prompted):
+    """How pictures of a prompt are drawn."""

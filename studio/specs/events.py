@@ -29,3 +29,7 @@ class Event(BaseModel):
 
 
 OnEvent = Callable[[Event], None]
+
+
+def silent(_: Event) -> None:
+    """Take an event that nobody asked for."""

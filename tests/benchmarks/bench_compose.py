@@ -1,226 +1,57 @@
 """What composing costs beside diffusers and peft: time and operations of a denoiser step, and of a switch.
 
-    python tests/benchmarks/bench_compose.py
-    python tests/benchmarks/bench_compose.py --table        # the table of docs/composing-cost.md
+    python tests/benchmarks/bench_compose.py                         # the table of methods
+    python tests/benchmarks/bench_compose.py --scaling               # over adapters, rank and batch
+    python tests/benchmarks/bench_compose.py --model sdxl --device cuda     # also sd1; full size, bf16
+    python tests/benchmarks/bench_compose.py --into docs/composing-cost.md  # the tables, no work
 
-The model is a random UNet of 56 M parameters with 128 attention projections, latents 4 x 32 x 32, fp32, one
-thread, a guided batch of 2. A provider makes whole runs of eight steps, weights that are formed for the first
-time included; rounds are interleaved and times are CPU seconds of a step: median, p20 and p80 of the ratios
-to "base" round by round; "base again" is the noise floor. Operations are those of the fifth step. What rivals
-do is written here anew: LoRA layers of peft beside the weights, ``set_adapters`` at every step, fusing and
-unfusing, and Composite with one evaluation after the other.
+The usual model is a random UNet of 56 M parameters with 128 attention projections, latents 4 x 32 x 32, fp32,
+one thread, a guided batch of 2. A provider makes whole runs, weights that are formed for the first time
+included; rounds are interleaved. Times are CPU seconds of a step, on a GPU seconds: median, p20 and p80 of
+the ratios to "base" round by round; "base again" is the noise floor. Operations are those of a run's last
+step. MACs are counted, those of low-rank layers beside the weights left out. See ``compose_providers`` for
+what the rivals do.
 
-Checked first: the studio's merged weights and peft's layers give the same answer.
+Checked first: the studio's merged weights and peft's layers give the same answer. Checked last: after all
+this the studio's weights are those that they were at the start, bit for bit.
 """
 
 import argparse
 import json
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_train_cost import machine
-from methods_tables import FOLDER, markdown
-from torch.utils._python_dispatch import TorchDispatchMode
-from train_worker import make_pipe
+from compose_providers import (
+    LATENTS,
+    Bench,
+    Provider,
+    Setting,
+    base,
+    composed,
+    fusing,
+    live,
+    one_after_the_other,
+    rival,
+    set_adapters,
+    unmerged,
+)
+from methods_tables import FOLDER, filled, markdown, measured_on
 
 import studio
-from studio.adapters.adapter import Adapter
-from studio.adapters.kinds.lora import LoraChange
-from studio.adapters.live import LiveLayers
-from studio.adapters.parameters import canonical_names, components_of
+from studio.composition.cost import Cost, unet_macs
+from studio.composition.plan import Step
 
 RESULTS = FOLDER / "compose_cost.json"
-STEPS = 8
-MOST = 8
 
-Step = Callable[[Any, Any], torch.Tensor]
-Provider = Callable[["Bench"], Any]
-
-
-class Counter(TorchDispatchMode):
-    """Count operations, views left out: a stand-in for kernel launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-class Bench:
-    """The two pipelines, adapters and inputs of all providers.
-
-    Args:
-        rank: Of the adapters.
-    """
-
-    def __init__(self, rank: int = 8) -> None:
-        self.ours, self.rival = make_pipe("random"), make_pipe("random")
-        for pipe in (self.ours, self.rival):
-            pipe._guidance_scale = 5.0
-        self.adapters = {f"a{i}": random_adapter(self.ours, f"a{i}", seed=i, rank=rank) for i in range(MOST)}
-        with tempfile.TemporaryDirectory() as folder:
-            for name, adapter in self.adapters.items():
-                path = Path(folder) / f"{name}.safetensors"
-                studio.save_adapter(adapter, path, format="diffusers", dtype=torch.float32)
-                self.rival.load_lora_weights(folder, weight_name=path.name, adapter_name=name)
-        self.rival.disable_lora()
-        generator = torch.Generator().manual_seed(0)
-        self.sample = torch.randn(2, 4, 32, 32, generator=generator)
-        self.text = torch.randn(2, 77, 256, generator=generator)
-
-    def some(self, number: int) -> dict[str, Adapter]:
-        """Return the first adapters."""
-        return dict(list(self.adapters.items())[:number])
-
-    def forward(self, pipe: Any, timestep: Any) -> torch.Tensor:
-        """Evaluate a denoiser."""
-        answer: torch.Tensor = pipe.unet(self.sample, timestep, self.text, return_dict=False)[0]
-        return answer
-
-    def run(self, pipe: Any, step: Step) -> float:
-        """Make a run and return its CPU seconds a step."""
-        pipe.scheduler.set_timesteps(STEPS)
-        latents = self.sample[:1]
-        start = time.process_time()
-        for timestep in pipe.scheduler.timesteps:
-            answer = step(pipe, timestep)
-            latents = pipe.scheduler.step(answer[1:], timestep, latents).prev_sample
-        return (time.process_time() - start) / STEPS
-
-    def operations(self, pipe: Any, step: Step) -> int:
-        """Return the operations of the fifth step of a run, when all that is kept has been formed."""
-        pipe.scheduler.set_timesteps(STEPS)
-        *before, last = pipe.scheduler.timesteps[:5]
-        for timestep in before:
-            pipe.scheduler.step(step(pipe, timestep)[1:], timestep, self.sample[:1])
-        with Counter() as counter:
-            step(pipe, last)
-        return counter.count
-
-
-def random_adapter(pipe: Any, name: str, *, seed: int, rank: int) -> Adapter:
-    """Return a LoRA on all attention projections of the UNet."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = canonical_names({"unet": components_of(pipe)["unet"]})
-    changes = {
-        key: LoraChange(
-            torch.randn(rank, shape[1], generator=generator) * 0.05,
-            torch.randn(shape[0], rank, generator=generator) * 0.05,
-            float(rank),
-        )
-        for key, shape in shapes.items()
-        if ".attn" in key and key.endswith(".weight") and "norm" not in key
-    }
-    return Adapter(name, "lora", changes)
-
-
-@contextmanager
-def base(bench: Bench) -> Iterator[tuple[Any, Step]]:
-    """The plain denoiser."""
-    yield bench.ours, bench.forward
-
-
-def composed(method: str, number: int, **settings: Any) -> Provider:
-    """Return the studio's composition of some adapters."""
-
-    @contextmanager
-    def provide(bench: Bench) -> Iterator[tuple[Any, Step]]:
-        weights = {name: 1 / number for name in bench.some(number)} if method == "merge" else None
-        with studio.compose(bench.ours, bench.some(number), method=method, weights=weights, **settings):
-            yield bench.ours, bench.forward
-
-    return provide
-
-
-def live(number: int) -> Provider:
-    """Return low-rank layers beside the weights, all adapters of a layer stacked."""
-
-    @contextmanager
-    def provide(bench: Bench) -> Iterator[tuple[Any, Step]]:
-        names = list(bench.adapters["a0"].changes)
-        with LiveLayers(components_of(bench.ours), names) as layers:
-            layers.apply(
-                {
-                    name: [(one.changes[name], 1 / number) for one in bench.some(number).values()]
-                    for name in names
-                }
-            )
-            yield bench.ours, bench.forward
-
-    return provide
-
-
-def unmerged(number: int) -> Provider:
-    """Return peft's layers beside the weights."""
-
-    @contextmanager
-    def provide(bench: Bench) -> Iterator[tuple[Any, Step]]:
-        bench.rival.enable_lora()
-        bench.rival.set_adapters(list(bench.some(number)), [1 / number] * number)
-        yield bench.rival, bench.forward
-        bench.rival.disable_lora()
-
-    return provide
-
-
-@contextmanager
-def set_adapters(bench: Bench) -> Iterator[tuple[Any, Step]]:
-    """LoRA Switch with peft: another adapter at every step."""
-    turn = iter(range(10**9))
-
-    def step(pipe: Any, timestep: Any) -> torch.Tensor:
-        pipe.set_adapters([f"a{next(turn) % 3}"])
-        return bench.forward(pipe, timestep)
-
-    bench.rival.enable_lora()
-    yield bench.rival, step
-    bench.rival.disable_lora()
-
-
-@contextmanager
-def fusing(bench: Bench) -> Iterator[tuple[Any, Step]]:
-    """LoRA Switch by fusing and unfusing at every step."""
-    turn = iter(range(10**9))
-
-    def step(pipe: Any, timestep: Any) -> torch.Tensor:
-        pipe.fuse_lora(adapter_names=[f"a{next(turn) % 3}"])
-        answer = bench.forward(pipe, timestep)
-        pipe.unfuse_lora()
-        return answer
-
-    bench.rival.enable_lora()
-    bench.rival.set_adapters(["a0", "a1", "a2"])
-    yield bench.rival, step
-    bench.rival.disable_lora()
-
-
-@contextmanager
-def one_after_the_other(bench: Bench) -> Iterator[tuple[Any, Step]]:
-    """LoRA Composite of three as published: an evaluation for each, toggled by peft."""
-
-    def step(pipe: Any, timestep: Any) -> torch.Tensor:
-        answers = []
-        for number in range(3):
-            pipe.set_adapters([f"a{number}"])
-            answers.append(bench.forward(pipe, timestep))
-        return torch.stack(answers).mean(0)
-
-    bench.rival.enable_lora()
-    yield bench.rival, step
-    bench.rival.disable_lora()
-
-
-NONE = {"full_first": 0, "full_last": 0}
+CACHE = {"interval": 3, "full_first": 0, "full_last": 0}
+EVERY = {"switch_every": 1}
 PROVIDERS: dict[str, Provider] = {
     "base": base,
     "base again": base,
@@ -228,46 +59,72 @@ PROVIDERS: dict[str, Provider] = {
     "live, 1": live(1),
     "live, 3": live(3),
     "live, 8": live(8),
-    "peft unmerged, 1": unmerged(1),
-    "peft unmerged, 3": unmerged(3),
-    "peft unmerged, 8": unmerged(8),
-    "switch at every step": composed("switch", 3, options={"switch_every": 1}),
-    "switch, weights formed anew": composed("switch", 3, options={"switch_every": 1}, memory=0),
-    "peft set_adapters at every step": set_adapters,
-    "peft fuse and unfuse at every step": fusing,
+    "peft unmerged, 1": rival(unmerged, 1),
+    "peft unmerged, 3": rival(unmerged, 3),
+    "peft unmerged, 8": rival(unmerged, 8),
+    "switch at every step": composed("switch", 3, options=EVERY),
+    "switch, weights formed anew": composed("switch", 3, options=EVERY, memory=0),
+    "peft set_adapters at every step": rival(set_adapters, 3),
+    "peft fuse and unfuse at every step": rival(fusing, 3),
     "composite of 3, one batch": composed("composite", 3),
     "composite of 3, a loop": composed("composite", 3, batched=False),
-    "composite of 3, peft one after the other": one_after_the_other,
+    "composite of 3, peft one after the other": rival(one_after_the_other, 3),
     "klora of 2": composed("klora", 2),
-    "merge of 3, cache 1:3": composed("merge", 3, modifiers={"cache": {"interval": 3, **NONE}}),
-    "cmlora of 3": composed("cmlora", 3),
+    "merge of 3, cache 1:3": composed("merge", 3, modifiers={"cache": CACHE}),
+    "cmlora of 3, interval 3": composed(
+        "cmlora", 3, options={"interval": 3, "roles": {"a0": "high", "a1": "high", "a2": "low"}}
+    ),
 }
 """What is measured."""
 
 
+def ways(number: int) -> dict[str, Provider]:
+    """Return what is compared where something is varied, for a number of adapters."""
+    return {
+        "base": base,
+        "merged": composed("merge", number),
+        "live": live(number),
+        "peft unmerged": rival(unmerged, number),
+    }
+
+
+def points(setting: Setting) -> Iterator[tuple[str, int, Setting, dict[str, Provider]]]:
+    """Go through what is varied: axis, value, setting and providers."""
+    setting = replace(setting, steps=4)
+    for number in (1, 2, 3, 5, 8):
+        yield "adapters", number, setting, ways(number)
+    for rank in (4, 16, 32, 64, 128):
+        yield "rank", rank, replace(setting, rank=rank), ways(3)
+    for batch in (1, 2, 4, 8):
+        more = {"composite, one batch": composed("composite", 3)}
+        yield "batch", batch, replace(setting, batch=batch), ways(3) | more
+
+
 def check(bench: Bench) -> float:
-    """Return the largest difference of merged weights and peft's layers."""
-    with composed("merge", 3)(bench) as (pipe, step):
-        own = step(pipe, 500)
-    with unmerged(3)(bench) as (pipe, step):
-        difference = float((own - step(pipe, 500)).abs().max())
-    assert difference < 1e-3, difference
+    """Return the largest difference of merged weights and peft's layers, relative to the largest answer."""
+    with composed("merge", 3)(bench) as ready:
+        own = ready.step(ready.pipe, 500)
+    with rival(unmerged, 3)(bench) as ready:
+        difference = float((own - ready.step(ready.pipe, 500)).abs().max() / own.abs().max())
+    assert difference < (1e-3 if own.dtype == torch.float32 else 0.1), difference
     return difference
 
 
-def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(bench: Bench, providers: Mapping[str, Provider], rounds: int) -> dict[str, dict[str, Any]]:
     """Return operations, times and ratios to the base of providers."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    counts: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    counts: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
-        for name in names:
-            with PROVIDERS[name](bench) as (pipe, step):
+        for name, provider in providers.items():
+            with provider(bench) as ready:
                 if number == 0:
-                    counts[name] = bench.operations(pipe, step)
-                seconds[name].append(bench.run(pipe, step))
+                    counts[name] = {"operations": bench.operations(ready.pipe, ready.step)}
+                seconds[name].append(bench.run(ready.pipe, ready.step))
+                if ready.composition is not None:
+                    counts[name]["macs"] = round(macs_of(bench, ready.composition), 3)
     return {
         name: {
-            "operations": counts[name],
+            **counts[name],
             "seconds": round(statistics.median(own), 4),
             **spread([mine / plain for mine, plain in zip(own, seconds["base"], strict=True)]),
         }
@@ -275,14 +132,20 @@ def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, dict[str, 
     }
 
 
+def macs_of(bench: Bench, composition: Any) -> float:
+    """Return the MACs of the last run, relative to the base's."""
+    side = LATENTS[bench.setting.model]
+    return Cost(composition.passes, unet_macs(bench.ours.unet, side, side, composition.plan.cut)).ratio
+
+
 def switching(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
     """Return milliseconds of what happens between two steps, and of entering and leaving."""
     work: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], object]) -> None:
-        start = time.process_time()
+        start = bench.clock()
         action()
-        work.setdefault(name, []).append(1000 * (time.process_time() - start))
+        work.setdefault(name, []).append(1000 * (bench.clock() - start))
 
     for _ in range(rounds):
         _switch_once(bench, timed)
@@ -293,52 +156,108 @@ def switching(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _switch_once(bench: Bench, timed: Callable[[str, Callable[[], object]], None]) -> None:
-    options = {"switch_every": 1}
-    composition = studio.compose(bench.ours, bench.some(3), method="switch", options=options)
+    composition = studio.compose(bench.ours, bench.some(3), method="switch", options=EVERY)
     with ExitStack() as entered:
         timed("enter, 3 adapters", lambda: entered.enter_context(composition))
         # A run, in which the weights of all three are formed.
         bench.run(bench.ours, bench.forward)
         for index in range(3):
-            (branch,) = composition.plan.at(studio_step(index))
+            (branch,) = composition.plan.at(Step(index, 3, index / 3))
             timed("switch", partial(composition._executor.act, branch))
         timed("leave", entered.close)
 
 
-def studio_step(index: int) -> Any:
-    """Return a step of a run of three."""
-    from studio.composition.plan import Step
-
-    return Step(index, 3, index / 3)
-
-
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, p20 and p80."""
     ordered = sorted(values)
     at = {"median": 0.5, "p20": 0.2, "p80": 0.8}
     return {name: round(ordered[round(share * (len(ordered) - 1))], 3) for name, share in at.items()}
 
 
-def table(facts: Mapping[str, Any]) -> str:
-    """Return the results as Markdown."""
+def in_words(row: Mapping[str, float]) -> str:
+    """Return median and spread."""
+    return f"{row['median']:.2f} [{row['p20']:.2f} .. {row['p80']:.2f}]"
+
+
+def methods_table(facts: Mapping[str, Any]) -> str:
+    """Return the methods and what happens between two steps as Markdown."""
     rows = [
         (
             name,
             str(row["operations"]),
-            f"{row['median']:.2f} [{row['p20']:.2f} .. {row['p80']:.2f}]",
+            f"{row['macs']:.2f}" if "macs" in row else "",
+            in_words(row),
             f"{row['seconds']:.3f}",
         )
         for name, row in facts["rows"].items()
     ]
-    head = ("provider", "operations a step", "time against base [p20 .. p80]", "CPU s a step")
-    between = [(name, middle(row)) for name, row in facts["milliseconds"].items()]
-    measured = f"{facts['machine']}; {facts['date']}; commit {facts['commit']}; {facts['rounds']} rounds"
-    return "\n\n".join([markdown(head, rows), markdown(("between two steps", "CPU ms"), between), measured])
+    head = ("provider", "operations a step", "MACs", "time [p20 .. p80]", "s a step")
+    between = [(name, in_words(row)) for name, row in facts["milliseconds"].items()]
+    return "\n\n".join(
+        [
+            markdown(head, rows),
+            markdown(("between two steps", "ms"), between),
+            f"{measured_on(facts)} {facts['rounds']} rounds of {facts['setting']['steps']} steps.",
+        ]
+    )
 
 
-def middle(row: Mapping[str, float]) -> str:
-    """Return median and spread."""
-    return f"{row['median']:.2f} [{row['p20']:.2f} .. {row['p80']:.2f}]"
+def scaling_table(facts: Mapping[str, Any]) -> str:
+    """Return one table an axis: a row for each value, a column for each provider."""
+    parts = []
+    for axis, values in facts["points"].items():
+        names = list(next(iter(values.values())))[1:]
+        rows = [
+            (
+                value,
+                *(f"{in_words(providers[name])}, {providers[name]['operations']}" for name in names),
+            )
+            for value, providers in values.items()
+        ]
+        parts.append(markdown((axis, *names), rows))
+    return "\n\n".join([*parts, f"{measured_on(facts)} {facts['rounds']} rounds."])
+
+
+def restored(bench: Bench, before: Mapping[str, torch.Tensor]) -> None:
+    """Raise AssertionError unless the studio's denoiser is what it was."""
+    after = bench.ours.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def work(setting: Setting, rounds: int, only: Sequence[str]) -> dict[str, Any]:
+    """Measure the methods."""
+    bench = Bench(setting)
+    before = {name: tensor.clone() for name, tensor in bench.ours.unet.state_dict().items()}
+    difference = check(bench)
+    wanted = {name: PROVIDERS[name] for name in dict.fromkeys(["base", *(only or PROVIDERS)])}
+    facts = {"rows": measure(bench, wanted, rounds), "milliseconds": switching(bench, rounds)}
+    restored(bench, before)
+    return {**facts, "largest_difference_to_peft": difference, "setting": asdict(setting), "rounds": rounds}
+
+
+def scale(setting: Setting, rounds: int) -> dict[str, Any]:
+    """Measure the ways to add adapters along the axes."""
+    found: dict[str, dict[str, Any]] = {}
+    for axis, value, own, providers in points(setting):
+        found.setdefault(axis, {})[str(value)] = measure(Bench(own), providers, rounds)
+        print(axis, value, flush=True)
+    return {"points": found, "setting": asdict(setting), "rounds": rounds}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what has been measured, by model and device, and "scaling" behind it."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def insert(text: str, results: Mapping[str, Any]) -> str:
+    """Return a document with the tables that it has marks for."""
+    tables = {
+        name: scaling_table(facts) if "points" in facts else methods_table(facts)
+        for name, facts in results.items()
+        if f"<!-- {name} -->" in text
+    }
+    return filled(text, tables)
 
 
 def main() -> None:
@@ -346,28 +265,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="random", choices=LATENTS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=PROVIDERS, help="beside the base")
+    parser.add_argument("--only", nargs="+", choices=PROVIDERS, default=(), help="beside the base")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table and do no work")
+    parser.add_argument("--into", type=Path, help="a document whose tables are replaced; does no work")
     args = parser.parse_args()
-    if not args.table:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-        bench = Bench()
-        difference = check(bench)
-        wanted = args.only or list(PROVIDERS)
-        rows = measure(bench, list(dict.fromkeys(["base", *wanted])), args.rounds)
-        facts = {
-            "rows": rows,
-            "milliseconds": switching(bench, args.rounds),
-            "largest_difference_to_peft": difference,
-            "rounds": args.rounds,
-            **machine(),
-        }
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(facts, indent=2) + "\n")
-    print(table(json.loads(args.results.read_text())))
+    if args.into:
+        args.into.write_text(insert(args.into.read_text(), read(args.results)))
+        return
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    setting = Setting(args.model, args.device)
+    facts = scale(setting, args.rounds) if args.scaling else work(setting, args.rounds, args.only)
+    facts |= machine(args.device)
+    name = f"{args.model} {args.device}" + (" scaling" if args.scaling else "")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(read(args.results) | {name: facts}, indent=2) + "\n")
+    print(scaling_table(facts) if args.scaling else methods_table(facts))
 
 
 if __name__ == "__main__":

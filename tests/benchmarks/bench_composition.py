@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_composition.py            # the grid for a CPU; call again to go on
     python tests/benchmarks/bench_composition.py --full     # all pairs and triples, 5 seeds
-    python tests/benchmarks/bench_composition.py --table    # the table of docs/composition-results.md
+    python tests/benchmarks/bench_composition.py --into docs/composing-results.md    # the tables, no work
     python tests/benchmarks/bench_composition.py --sheet sheet.png
 
 Adapters are trained on what the embedded starter was never shown: subjects, styles and backgrounds. A set is
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from bench_train_cost import machine
-from methods_tables import FOLDER, markdown
+from methods_tables import FOLDER, filled, markdown, measured_on
 from PIL import Image
 
 import studio
@@ -68,6 +68,11 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Rows of the table: a method and its options. Turns are short because runs are (20 steps)."""
 
+SUBJECTS = [("subject", subject.name) for subject in HELD_OUT_SUBJECTS]
+STYLES = [("style", style) for style in HELD_OUT_STYLES]
+GROUNDS = [("background", ground) for ground in HELD_OUT_BACKGROUNDS]
+
+KINDS = ("subject", "style", "background")
 Kinds = Mapping[str, str]
 
 
@@ -100,7 +105,7 @@ class Set:
 
     def wanted(self) -> Kinds:
         """Return what a right picture shows; backgrounds and styles that no adapter brings are the base's."""
-        return {"style": "plain", "background": "white", **dict(self.asked)}
+        return {"subject": LESSONS[0], "style": "plain", "background": "white", **dict(self.asked)}
 
     def prompt(self) -> str:
         """Return the prompt, each adapter's thing by its trigger words."""
@@ -158,13 +163,15 @@ def trained(kind: str, thing: str, work: Path, device: str) -> Path:
     return path
 
 
+def singles() -> list[Set]:
+    """Return every adapter alone: what methods can keep of it at most."""
+    return [Set((pair,)) for pair in (*SUBJECTS, *STYLES, *GROUNDS)]
+
+
 def sets(full: bool) -> list[Set]:
     """Return what is drawn: for a CPU 6 pairs, 4 triples and 2 fours, or all pairs and triples."""
-    subjects = [("subject", subject.name) for subject in HELD_OUT_SUBJECTS]
-    styles = [("style", style) for style in HELD_OUT_STYLES]
-    grounds = [("background", ground) for ground in HELD_OUT_BACKGROUNDS]
-    pairs = [Set(pair) for pair in itertools.product(subjects, [*styles, *grounds])]
-    triples = [Set(triple) for triple in itertools.product(subjects, styles, grounds)]
+    pairs = [Set(pair) for pair in itertools.product(SUBJECTS, [*STYLES, *GROUNDS])]
+    triples = [Set(triple) for triple in itertools.product(SUBJECTS, STYLES, GROUNDS)]
     if full:
         more = [Set(triple.asked, strangers(triple)[:count]) for count in (1, 2) for triple in triples]
         return [*pairs, *triples, *more]
@@ -210,9 +217,10 @@ def score(chosen: Set, seen: Verdict) -> dict[str, bool]:
 
 
 def cells(full: bool) -> Iterator[tuple[Set, str]]:
-    """Go through sets and methods, a set with all methods before the next."""
+    """Go through sets and methods, a set with all methods before the next; first each adapter alone."""
     rows = ["base", *(row for row, (method, _) in METHODS.items() if method in COMPOSERS.names())]
-    return itertools.product(sets(full), rows)
+    alone = itertools.product(singles(), ["base", "merge"])
+    return itertools.chain(alone, itertools.product(sets(full), rows))
 
 
 def key(chosen: Set, row: str, seeds: Sequence[int]) -> str:
@@ -227,44 +235,63 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table for each number of adapters: what is right, all of it, and what a picture costs."""
+    """Return a table for each number of adapters: what is right of what they bring, and the cost."""
+    head = ("method", *KINDS, "all of these", "rest", "evaluations a step", "CPU s")
     parts = []
     for size in sorted({line["size"] for line in lines}):
         own = [line for line in lines if line["size"] == size]
-        rows = []
-        for row in dict.fromkeys(line["row"] for line in own):
-            mine = [line for line in own if line["row"] == row]
-            if refused := [line["refused"] for line in mine if "refused" in line]:
-                rows.append((row, f"refused: {refused[0]}", "", "", "", "", ""))
-                continue
-            rights = [right for line in mine for right in line["right"]]
-            figures = [
-                share([right[kind] for right in rights]) for kind in ("subject", "style", "background")
-            ]
-            whole = share([all(right.values()) for right in rights])
-            cost = sum(line["evaluations"] for line in mine) / len(mine)
-            shallow = sum(line["shallow"] for line in mine) / len(mine)
-            seconds = sorted(line["cpu_seconds"] for line in mine)[len(mine) // 2]
-            passes = f"{cost:.2f}" + (f" + {shallow:.2f} shallow" if shallow else "")
-            rows.append((row, *figures, whole, passes, f"{seconds:.1f}"))
-        head = (
-            "method",
-            "subject, %",
-            "style, %",
-            "background, %",
-            "all three, %",
-            "evaluations a step",
-            "CPU s",
-        )
+        rows = [
+            summary(row, [line for line in own if line["row"] == row])
+            for row in dict.fromkeys(line["row"] for line in own)
+        ]
         count = sum(len(line.get("right", ())) for line in own if line["row"] == "base")
-        parts.append(f"{size} adapters, {count} pictures a method:\n\n{markdown(head, rows)}")
-    return "\n\n".join(parts)
+        adapters = "1 adapter" if size == 1 else f"{size} adapters"
+        parts.append(f"{adapters}, {count} pictures a method:\n\n{markdown(head, rows)}")
+    return "\n\n".join([*parts, measured_on(lines[-1])])
+
+
+def summary(row: str, lines: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a row of the table."""
+    if refused := [line["refused"] for line in lines if "refused" in line]:
+        return (row, f"refused: {refused[0]}", "", "", "", "", "", "")
+    brought: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    whole, rest = [], []
+    for line in lines:
+        kinds = kinds_of(line["set"])
+        for right in line["right"]:
+            for kind in KINDS:
+                (brought[kind] if kind in kinds else rest).append(right[kind])
+            whole.append(all(right[kind] for kind in kinds))
+    cost = sum(line["evaluations"] for line in lines) / len(lines)
+    shallow = sum(line["shallow"] for line in lines) / len(lines)
+    seconds = sorted(line["cpu_seconds"] for line in lines)[len(lines) // 2]
+    return (
+        row,
+        *(share(brought[kind]) for kind in KINDS),
+        share(whole),
+        share(rest),
+        f"{cost:.2f}" + (f" + {shallow:.2f} shallow" if shallow else ""),
+        f"{seconds:.1f}",
+    )
+
+
+def kinds_of(name: str) -> set[str]:
+    """Return the kinds of things that a set brings, by its name."""
+    kinds = {thing: kind for kind, thing in (*SUBJECTS, *STYLES, *GROUNDS)}
+    return {kinds[thing] for thing in name.split("+")}
+
+
+def insert(text: str, results: Path) -> str:
+    """Return a document with the tables between its marks."""
+    return filled(text, {"fidelity": table(list(read(results).values()))})
 
 
 def share(right: Sequence[bool]) -> str:
-    """Return a percentage with its 95 % interval."""
+    """Return how many of how many, and the percentage's 95 % interval."""
+    if not right:
+        return ""
     low, high = wilson(sum(right), len(right))
-    return f"{100 * sum(right) / len(right):.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{sum(right)} of {len(right)} [{max(0, 100 * low):.0f} .. {100 * high:.0f} %]"
 
 
 def sheet(full: bool, seed: int, work: Path, path: Path) -> None:
@@ -286,7 +313,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="the grid for a GPU")
-    parser.add_argument("--table", action="store_true", help="print the tables and do no work")
+    parser.add_argument("--into", type=Path, help="a document whose tables are replaced; does no work")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet and do no work")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("out") / "bench_composition")
@@ -297,8 +324,8 @@ def main() -> None:
     if args.sheet:
         sheet(args.full, seeds[0], args.work, args.sheet)
         return
-    if args.table:
-        print(table(list(read(args.results).values())))
+    if args.into:
+        args.into.write_text(insert(args.into.read_text(), args.results))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)

@@ -147,15 +147,18 @@ def check(providers: Mapping[str, Provider], losses: Mapping[str, float]) -> Non
         assert max(alike, default=0.0) <= min(alike, default=0.0) * (1 + 1e-4), losses
 
 
-def machine() -> dict[str, Any]:
-    """Return what a measurement depends on beside its settings."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what a measurement on a device depends on beside its settings."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
+    gpu = [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
     return {
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": ", ".join(
+            [*gpu, f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+        ),
         "versions": {package.__name__: str(package.__version__) for package in (torch, diffusers, peft)},
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from methods_tables import markdown
+from methods_tables import filled, markdown
 from torch import nn
 
 from studio.adapters.names import reference_components
@@ -22,7 +22,6 @@ GIB = 2**30
 FAMILIES = {"sd1": "SD 1.5", "sdxl": "SDXL"}
 KINDS = ("none", "int8", "nf4")
 RANK = 16
-START, END = "<!-- memory -->", "<!-- /memory -->"
 
 
 def make_base(family: str) -> Any:
@@ -109,8 +108,7 @@ def tables() -> str:
 
 def insert(text: str) -> str:
     """Return a document with the tables between its marks."""
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n{tables()}\n{END}{rest.partition(END)[2]}"
+    return filled(text, {"memory": tables()})
 
 
 def main() -> None:

@@ -84,7 +84,9 @@ def bars_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def measured_on(facts: Mapping[str, Any]) -> str:
     """Return where and with what something was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"Measured {facts['date']} at {facts['commit']} on {facts['machine']}; {versions}."
+    # A copy of the sources outside of version control has no commit.
+    commit = f" at {facts['commit']}" if facts["commit"] else ""
+    return f"Measured {facts['date']}{commit} on {facts['machine']}; {versions}."
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:

@@ -225,6 +225,21 @@ def attached(space: Workspace) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def test_a_plan_is_drawn_into_the_workspace_and_nowhere_else(
+    worker: Worker, space: Workspace, base: Path
+) -> None:
+    request = {"base": str(base), "steps": 4, "picture": str(space.pictures / "plan" / "plan.png")}
+    done = run(worker, "plan", request)
+    assert (done.state, done.message) == ("done", "")
+    (event,) = (each.event for each in worker.store.events(done.id))
+    assert (event.kind, event.path) == ("picture", space.pictures / "plan" / "plan.png")
+    assert event.path is not None and Image.open(event.path).width > 700
+    again = run(worker, "plan", request)
+    assert again.state == "failed" and "exists. Choose another name" in again.message
+    outside = run(worker, "plan", {**request, "picture": str(space.root.parent / "plan.png")})
+    assert outside.state == "failed" and "outside the workspace" in outside.message
+
+
 def test_an_attached_worker_leaves_when_the_page_is_gone(
     attached: subprocess.Popen[str], space: Workspace
 ) -> None:

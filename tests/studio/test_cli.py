@@ -1,4 +1,5 @@
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studio import __version__, cli
+from studio import __version__, cli, commands
 from studio.jobs import JobStore, workspace
 
 
@@ -111,15 +112,20 @@ def test_an_error_of_the_system_is_a_message_too(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", full)
+    monkeypatch.setattr("studio.commands.doctor.run", full)
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "error: No space left on device: x.png\n"
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+@pytest.mark.parametrize("command", ["", *commands.NAMES])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     assert "usage: studio" in capsys.readouterr().out
+
+
+def test_every_module_of_the_commands_is_a_command() -> None:
+    modules = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    assert sorted(commands.NAMES) == sorted(modules)
 
 
 def test_the_version_and_the_installed_command_are_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from studio import api
 from studio.adapters.files import save_adapter
+from studio.adapters.header import tensor_hash
 from studio.cli import main
 from studio.png import read_spec
-from studio.provenance import tensor_hash
 from studio.specs import AdapterUse, Event, GenerateSpec, adapter_names
 
 

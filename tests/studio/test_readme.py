@@ -28,6 +28,7 @@ SHORT = {
     "train": ["--steps", "2"],
     "generate": ["--steps", "2"],
     "probe": ["--pairs", "1", "--steps", "1"],
+    "zip": ["--pictures", "1", "--sample-steps", "1", "--steps", "1"],
 }
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+import studio.drawing
 from studio.adapters.adapter import Adapter
+from studio.batches.run import draw_batch
 from studio.errors import StudioError
 from studio.models.base import load_base
-from studio.specs import Event, TrainSpec
+from studio.specs import BatchSpec, Event, TrainSpec, parse_spec
 from studio.trainers.loop import train
 from studio.trainers.step import TrainStep
 
@@ -57,6 +59,33 @@ class Script:
             found["error"] = f"{type(error).__name__}: {error}"
         self.found[to or name] = found
 
+    def draw(self, name: str, values: dict[str, Any]) -> None:
+        """Draw a batch and keep the names of the pictures that this process wrote, and result or error."""
+        events: list[Event] = []
+        found: dict[str, Any] = {"events": events}
+        try:
+            found["result"] = draw_batch(parse_spec(BatchSpec, values), on_event=events.append)
+        except (StudioError, OSError) as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+        found["pictures"] = [event.path.name for event in events if event.kind == "picture" and event.path]
+        self.found[name] = found
+
+
+@contextmanager
+def second_picture_breaks(*, rank: int, by: OSError) -> Iterator[None]:
+    """Have the second picture that one of the processes writes raise."""
+    write, calls = studio.drawing.write_png, []
+
+    def broken(*args: Any) -> str:
+        calls.append(1)
+        if rank == RANK and len(calls) == 2:
+            raise by
+        return write(*args)
+
+    studio.drawing.write_png = broken
+    yield
+    studio.drawing.write_png = write
+
 
 @contextmanager
 def second_step_breaks(*, rank: int, by: OSError | float) -> Iterator[None]:
@@ -82,6 +111,7 @@ def main(base: str, plan: str, folder: str) -> None:
     # The libraries' half a million objects live to the end.
     gc.freeze()
     specs = json.loads(Path(plan).read_text(encoding="utf-8"))
+    batch = specs.pop("batch")
     script = Script(base, specs)
     for name in specs:
         script.run(name)
@@ -96,6 +126,10 @@ def main(base: str, plan: str, folder: str) -> None:
     with second_step_breaks(rank=1, by=float("nan")):
         script.run("lora", to="diverges", **fails)
     script.run("lora", to="unlike", seed=RANK, **fails)
+    with second_picture_breaks(rank=1, by=OSError("the disk is full")):
+        script.draw("batch fails", batch)
+    script.draw("batch", batch)
+    script.draw("batch again", batch)
     Path(folder, f"{RANK}.pickle").write_bytes(pickle.dumps(script.found))
 
 

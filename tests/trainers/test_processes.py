@@ -1,5 +1,6 @@
-"""Several processes train to what one trains to with as large a step."""
+"""Several processes train to what one trains to with as large a step, and share the pictures of a batch."""
 
+import itertools
 import json
 import pickle
 import subprocess
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from studio.adapters.adapter import Adapter
 from studio.adapters.parameters import components_of, find_parameter
+from studio.batches.manifest import read_manifest
+from studio.batches.run import draw_batch
 from studio.errors import TrainingError, UsageError
 from studio.models.base import load_base
 from studio.registry import TRAINERS
-from studio.specs import Event, TrainSpec
+from studio.specs import BatchSpec, Event, TrainSpec, parse_spec
 from studio.trainers.loop import train
 from studio.trainers.processes import Processes, join
 from studio.trainers.run_folder import RunFolder
@@ -58,7 +61,7 @@ class Together:
         self._doubled: dict[str, tuple[Adapter, list[Event]]] = {}
         specs = {name: self.settings(name) for name in [*TRAINERS.names(), *VARIANTS]}
         plan = folder / "plan.json"
-        plan.write_text(json.dumps(specs), encoding="utf-8")
+        plan.write_text(json.dumps({**specs, "batch": self.batch("pictures")}), encoding="utf-8")
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
         command += ["--num_processes", "2", "--main_process_port", "0"]
         command += [str(Path(__file__).with_name("in_processes.py")), str(base), str(plan), str(folder)]
@@ -76,6 +79,19 @@ class Together:
         }
         fixed = {"prompt": "sks dog", "device": "cpu", "warmup_steps": 0, "steps": STEPS, "batch_size": 1}
         return fixed | places | {"learning_rate": 1e-2} | rank | own
+
+    def batch(self, output: str) -> dict[str, Any]:
+        """Return the request for six pictures."""
+        prompts = self._folder / "prompts.txt"
+        prompts.write_text(f"a fox\na cat --s 2 --n fog\n{'sea ' * 30}\n", encoding="utf-8")
+        return {
+            "base": str(self._folder / "base"),
+            "prompts": str(prompts),
+            "seeds": "1-2",
+            "steps": 1,
+            "device": "cpu",
+            "output": str(self._folder / output),
+        }
 
     def alone(self, name: str, *, events: list[Event] | None = None, **values: Any) -> Adapter:
         """Train in this process."""
@@ -241,6 +257,28 @@ def test_one_that_fails_ends_all_and_each_says_which(
 def test_what_is_done_is_kept_when_another_process_fails(together: Together) -> None:
     said = [event.message for event in together.first["second fails"]["events"]]
     assert any(text.startswith("Checkpoint after step 1") for text in said)
+
+
+def test_each_picture_of_a_batch_is_drawn_by_one_process_also_after_a_failure(together: Together) -> None:
+    first, second = together.first, together.second
+    assert "process 1 has failed" in first["batch fails"]["error"]
+    assert "OSError: the disk is full" in second["batch fails"]["error"]
+    runs = [found[run]["pictures"] for run in ("batch fails", "batch") for found in (first, second)]
+    assert [len(names) for names in runs] == [3, 1, 1, 1]
+    names = [f"{line:04d}-{seed}.png" for line in (1, 2, 3) for seed in (1, 2)]
+    assert sorted(itertools.chain(*runs)) == names
+
+    shared, alone = Path(together.batch("pictures")["output"]), Path(together.batch("alone")["output"])
+    draw_batch(parse_spec(BatchSpec, together.batch("alone")))
+    for name in names:
+        with Image.open(shared / name) as picture, Image.open(alone / name) as wanted:
+            assert picture.tobytes() == wanted.tobytes(), name
+    one, other = read_manifest(shared), read_manifest(alone)
+    assert one == other and len((shared / "manifest.jsonl").read_text().splitlines()) == 6
+    for found, main in ((first, True), (second, False)):
+        result, again = found["batch"]["result"], found["batch again"]["result"]
+        assert (result.wanted, result.drawn, result.kept, result.main) == (6, 2, 4, main)
+        assert (again.drawn, again.kept) == (0, 6)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from PIL import Image
 from studio.errors import DataError, OutputError, SpecError, UsageError
 from studio.jobs import JobStore
 from studio.png import Facts, write_png
-from studio.specs import AdapterUse, GenerateSpec, parse_spec
+from studio.registry import MODIFIERS
+from studio.specs import AdapterUse, Event, GenerateSpec, parse_spec
+from studio.specs.composing import PlanSpec
 from studio.ui.app import build, serve
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
@@ -51,7 +53,10 @@ def generate(space: Workspace) -> GenerateTab:
 
 
 def filled(tab: Any, **changed: Any) -> list[Any]:
-    return [changed.get(field.name, field.component.value) for field in tab.form.fields]
+    modifiers = (
+        [component.value for component in tab.modifiers.components] if hasattr(tab, "modifiers") else []
+    )
+    return modifiers + [changed.get(field.name, field.component.value) for field in tab.form.fields]
 
 
 def weights(*given: float) -> list[float]:
@@ -222,7 +227,7 @@ def test_the_hashes_of_a_restored_picture_go_along_with_the_request(
     facts = Facts(8, 8, model_hash="ab" * 32, adapter_hashes={"dog": "cd" * 32})
     write_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", spec, facts)
 
-    message, *updates = generate._restore_picture(str(tmp_path / "a.png"))
+    message, *updates = generate._restore(str(tmp_path / "a.png"))
     assert "Settings of a.png restored." in message
     shown = dict(zip([id(output) for output in generate.request_outputs], updates, strict=True))
     expected = shown[id(generate.expected)]
@@ -234,6 +239,51 @@ def test_the_hashes_of_a_restored_picture_go_along_with_the_request(
     )
     assert shown[id(generate.expected)] == expected
     assert generate.use(adapter, "a fox", "starter")[0] == {}
+
+
+def shown(outputs: list[Any], updates: list[Any]) -> list[Any]:
+    """Return what components hold after updates."""
+    return [
+        component.value if update == gr.skip() else update["value"] if isinstance(update, dict) else update
+        for component, update in zip(outputs, updates, strict=True)
+    ]
+
+
+def test_modifiers_reach_the_request_and_come_back_from_a_saved_composition(
+    generate: GenerateTab, space: Workspace
+) -> None:
+    request = generate.request({}, [], *weights(), *filled(generate))
+    assert request["modifiers"] == {}
+    asked = {
+        "cache": {"interval": 5},
+        "schedule": {"weights": {"dog": "0@0 1@0.5"}},
+        "pin": {"adapters": ["a", "b"]},
+    }
+    values = shown(generate.modifiers.components, generate.modifiers.write(asked))
+    read = generate.modifiers.read(values)
+    assert read["schedule"] == asked["schedule"] and read["pin"] == asked["pin"]
+    assert read["cache"]["interval"] == 5 and set(read) == set(asked)
+
+    form = filled(generate, method="switch", switch_every=3)[len(values) :]
+    saved, message = generate._save({}, [], *weights(), *values, *form)
+    assert "Wrote switch" in message
+    (file,) = space.adapters.glob("*.toml")
+    assert saved["value"] == str(file)
+    message, *updates = generate._restore(str(file))
+    assert "restored" in message
+    outputs = dict(zip(map(id, generate.request_outputs), updates, strict=True))
+    components = generate.modifiers.components
+    back = shown(components, [outputs[id(component)] for component in components])
+    assert generate.modifiers.read(back) == read
+    method = next(field.component for field in generate.form.fields if field.name == "method")
+    assert outputs[id(method)]["value"] == "switch"
+
+
+def test_every_modifier_of_the_registry_has_a_box_and_fields(generate: GenerateTab) -> None:
+    assert list(generate.modifiers.boxes) == MODIFIERS.names()
+    for name in MODIFIERS:
+        options = [field.name for field in generate.modifiers.fields[name]]
+        assert options == list(MODIFIERS[name].Options.model_fields)
 
 
 def test_an_adapter_keeps_its_weight_when_another_is_taken_off(generate: GenerateTab) -> None:
@@ -312,3 +362,26 @@ def test_dropped_files_that_clash_or_show_nothing_are_refused(space: Workspace, 
         keep_uploads(space, [tmp_path / "x" / "a.png", tmp_path / "y" / "a.png"])
     with pytest.raises(DataError, match="none of 1 files is a picture"):
         keep_uploads(space, [tmp_path / "notes.txt"])
+
+
+def test_the_plan_of_what_the_form_composes_can_be_asked_for(generate: GenerateTab, space: Workspace) -> None:
+    for name in ("a", "b"):
+        (space.adapters / f"{name}.safetensors").write_bytes(b"")
+    fields = filled(generate, method="switch", switch_every=3, steps=12, prompt="a fox <lora:b:0.5>")
+    request = generate.request({}, ["a.safetensors"], *weights(0.25), *fields)
+    asked = generate.plan.asked(request)
+    spec = parse_spec(PlanSpec, asked)
+    assert [(use.path.name, use.weight) for use in spec.adapters] == [
+        ("a.safetensors", 0.25),
+        ("b.safetensors", 0.5),
+    ]
+    assert (spec.method, spec.steps, spec.prompt, spec.measure) == ("switch", 12, "a fox", True)
+    assert spec.options.switch_every == 3  # type: ignore[attr-defined]
+    assert spec.picture is not None and spec.picture.is_relative_to(space.pictures)
+    number = generate.follower.store.submit("plan", asked)
+    spec.picture.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(spec.picture)
+    generate.follower.store.report(number, Event(kind="picture", path=spec.picture))
+    _, *updates = generate.plan.panel.refresh({})
+    shown = dict(zip(generate.plan.panel.parts, updates, strict=True))["picture"]
+    assert (shown["value"], shown["visible"]) == (str(spec.picture), True)

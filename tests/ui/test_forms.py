@@ -1,12 +1,14 @@
 """Forms follow the specifications."""
 
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import gradio as gr
 import pytest
 
 from studio.errors import SpecError
+from studio.registry import MERGERS
 from studio.specs import GenerateSpec, TrainSpec, parse_spec
+from studio.specs.base import alternatives
 from studio.ui.forms import Form, label
 
 
@@ -34,7 +36,7 @@ REQUIRED: dict[Any, dict[str, str]] = {
 def test_every_field_has_a_component_with_its_description(spec_type: Any) -> None:
     form = whole_form(spec_type)
     shown = {field.name: field.component for field in form.fields if field.method is None}
-    assert set(spec_type.model_fields) - set(shown) <= {"options", "adapters"}
+    assert set(spec_type.model_fields) - set(shown) <= {"options", "adapters", "modifiers"}
     for name, component in shown.items():
         assert component.info == spec_type.model_fields[name].description
 
@@ -52,8 +54,14 @@ def test_every_method_of_the_registry_can_be_chosen_with_its_own_options(spec_ty
     for method in spec_type.registry.names():
         request = form.read(values(form, method=method, **REQUIRED[spec_type]))
         options = spec_type.registry[method].Options.model_fields
-        assert set(options) <= set(request)
-        assert parse_spec(spec_type, request).method == method
+        required = {name for name, field in options.items() if field.is_required()}
+        assert set(options) - required <= set(request)
+        if required:
+            with pytest.raises(SpecError) as caught:
+                parse_spec(spec_type, request)
+            assert set(caught.value.problems) == {f"{name}: is required." for name in required}
+        else:
+            assert parse_spec(spec_type, request).method == method
 
 
 def test_what_the_user_changes_reaches_the_specification() -> None:
@@ -145,3 +153,19 @@ def test_start_values_stand_in_the_form_when_it_opens() -> None:
 )
 def test_labels_are_words(name: str, written: str) -> None:
     assert label(name) == written
+
+
+def test_every_choice_of_a_method_is_a_drop_down() -> None:
+    form = whole_form(GenerateSpec)
+    offered = {
+        (field.method, field.name): [value for _, value in field.component.choices]
+        for field in form.fields
+        if isinstance(field.component, gr.Dropdown)
+    }
+    for method in GenerateSpec.registry.names():
+        for name, field in GenerateSpec.registry[method].Options.model_fields.items():
+            kinds = alternatives(field.annotation)
+            words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+            if words:
+                assert [value for value in offered[method, name] if value] == words
+    assert offered["merge", "how"] == MERGERS.names()

@@ -1,0 +1,95 @@
+"""From lines of prompts to the pictures that they ask for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from studio.errors import SpecError, UsageError
+from studio.models.prompt_syntax import take_flags
+from studio.prompt_settings import settled
+from studio.specs import GenerateSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt as it was written, and its number, from 1."""
+
+    number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to draw.
+
+    Attributes:
+        spec: All that decides it, settled.
+        number: Of what asks for it, a line of a file or a place in a grid.
+        about: What the manifest says of that.
+    """
+
+    spec: GenerateSpec
+    number: int
+    about: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its file, ``<number>-<seed>.png``."""
+        return self.spec.output / f"{self.number:04d}-{self.spec.seed}.png"
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the prompts of a file, without empty lines and those that begin with ``#``.
+
+    Raises:
+        UsageError: If it cannot be read or has none.
+    """
+    try:
+        rows = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the prompts in '{path}': {said}.") from None
+    found = [Line(number, text.strip()) for number, text in enumerate(rows, 1)]
+    found = [line for line in found if line.text and not line.text.startswith("#")]
+    if not found:
+        raise UsageError(f"there is no prompt in '{path}'. Write one a line.")
+    return found
+
+
+def shared_settings(spec: BaseModel) -> dict[str, Any]:
+    """Return what all pictures of a request have in common, as fields of their specifications."""
+    return {
+        name: getattr(spec, name) for name in type(spec).model_fields if name in GenerateSpec.model_fields
+    }
+
+
+def wanted_pictures(
+    lines: Sequence[Line], shared: Mapping[str, Any], seeds: Sequence[int]
+) -> tuple[list[Wanted], list[str]]:
+    """Return the pictures that lines ask for, line by line, and what is wrong with the lines left out.
+
+    Args:
+        lines: The prompts.
+        shared: Fields of every picture's specification; what a line says counts above them.
+        seeds: Of every line that says none.
+
+    Raises:
+        SpecError: If something is wrong with what all share.
+    """
+    parse_spec(GenerateSpec, {**shared, "prompt": ""})
+    found: list[Wanted] = []
+    problems: list[str] = []
+    for line in lines:
+        try:
+            spec = settled(parse_spec(GenerateSpec, {**shared, "prompt": line.text}))
+            own = not spec.raw_prompt and "seed" in take_flags(line.text)[1]
+        except SpecError as error:
+            problems += [f"line {line.number}: {problem}" for problem in error.problems]
+            continue
+        for seed in (spec.seed,) if own else seeds:
+            seeded = spec.model_copy(update={"seed": seed})
+            found.append(Wanted(seeded, line.number, {"line": line.number}))
+    return found, problems

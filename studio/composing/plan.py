@@ -1,0 +1,57 @@
+"""Show what a composition does at each step, as a table and as a picture."""
+
+from studio.bases import cached_base
+from studio.composing.picture import draw_timeline
+from studio.composing.planning import Planned, plan_of, reads_prompt, tell_differences
+from studio.composing.timeline import Timeline, timeline
+from studio.errors import BaseNeeded, OutputError
+from studio.inspection import refuse_existing
+from studio.specs import Event, OnEvent
+from studio.specs.composing import PlanSpec
+
+
+def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
+    """Return a composition's plan along the steps, drawn as a picture too where one is asked for.
+
+    Args:
+        spec: The request.
+        on_event: Told of what a person should know, and of the picture.
+
+    Raises:
+        AdapterError: If an adapter cannot be read or does not fit.
+        BaseNeeded: If the method measures adapters on the base, and it is not to be loaded.
+        CompositionError: If the method cannot do it.
+        OutputError: If the picture exists or cannot be written.
+    """
+
+    def tell(event: Event) -> None:
+        if on_event:
+            on_event(event)
+
+    if spec.picture:
+        refuse_existing(spec.picture, overwrite=spec.overwrite)
+    tell_differences(spec, tell)
+    if spec.prompt is None and reads_prompt(spec):
+        message = "the plan depends on the prompt; this is the one without. Give --prompt."
+        tell(Event(kind="message", message=message))
+    found = timeline(_planned(spec).plan, spec.steps)
+    if spec.picture:
+        try:
+            spec.picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_timeline(found).save(spec.picture, optimize=True)
+        except OSError as error:
+            raise OutputError(f"cannot write '{spec.picture}': {error.strerror or error}.") from None
+        tell(Event(kind="picture", path=spec.picture))
+    return found
+
+
+def _planned(spec: PlanSpec) -> Planned:
+    """Return the plan, made without the base if it can be."""
+    if spec.prompt is None or not reads_prompt(spec):
+        try:
+            return plan_of(spec)
+        except BaseNeeded as error:
+            if not spec.measure:
+                raise BaseNeeded(f"{error} Here --measure loads the base.") from None
+    pipe = cached_base(spec.base, spec.device, spec.precision)
+    return plan_of(spec, pipe, prompt=spec.prompt)
