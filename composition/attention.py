@@ -110,10 +110,8 @@ class View:
     regions: Sequence[str]
     attended: Callable[[str, Tensor], Tensor]
 
-    def gradient(
-        self, latents: Tensor, loss: Callable[[Mapping[str, Tensor]], Tensor]
-    ) -> tuple[float, Tensor]:
-        """Return a loss of all branches' maps, and its gradient by the latents, fp32.
+    def gradient(self, latents: Tensor, loss: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
+        """Return the gradient of a loss of all branches' maps by the latents, fp32.
 
         By the chain rule, branch by branch: weights change between branches, and only one branch's
         activations are held. Each branch is evaluated twice.
@@ -126,12 +124,11 @@ class View:
             maps = {region: self.attended(region, latents) for region in self.regions}
         with torch.enable_grad():
             leaves = {region: each.detach().requires_grad_() for region, each in maps.items()}
-            value = loss(leaves)
-            pulls = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            pulls = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True)
             total = torch.zeros_like(latents, dtype=torch.float32)
             for region, pull in zip(leaves, pulls, strict=True):
                 if pull is not None:
                     at = latents.detach().requires_grad_()
                     (slope,) = torch.autograd.grad(self.attended(region, at), at, pull)
                     total += slope
-        return float(value.detach()), total
+        return total

@@ -23,7 +23,7 @@ class Mixer:
     """Mixes branches' answers; resizes regions once for each size of the latents and each device."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
+        self._kept: dict[Hashable, tuple[Sequence[Tensor] | None, Sequence[Tensor]]] = {}
 
     def mixed(
         self,
@@ -79,12 +79,26 @@ class Mixer:
         if all(name is None for name in names):
             return [branch.share for branch in branches]
         masks = [regions[name] for name in names if name is not None]
-        shares = tuple(branch.share for branch in branches)
-        key = shares, tuple(names), like.shape[0], like.shape[-2:], like.device, feather
-        kept, factors = self._kept.get(key, ((), ()))
+        key = (
+            tuple(branch.share for branch in branches),
+            tuple(names),
+            like.shape[0],
+            like.shape[-2:],
+            like.device,
+            feather,
+        )
+        kept, factors = self._kept.get(key, (None, ()))
         # Regions of a plan that looks for them anew at each step have the same names each time.
-        if len(kept) != len(masks) or any(one is not other for one, other in zip(kept, masks, strict=True)):
-            factors = _weighed(branches, like, regions, feather)
+        if kept is None or any(one is not other for one, other in zip(kept, masks, strict=True)):
+            shares = [branch.share * _mask(branch, like, regions, feather) for branch in branches]
+            total = torch.stack(torch.broadcast_tensors(*shares)).sum(0)
+            # Once for each kind of step: reading a number from a GPU waits for all that it has to do.
+            if kept is None and float(total.min()) <= 0:
+                raise CompositionError(
+                    "the regions leave a part of the picture to no adapter. Add one for the whole picture, "
+                    "or let the base draw the rest."
+                )
+            factors = [share / total for share in shares]
             self._kept[key] = masks, factors
         return factors
 
@@ -124,19 +138,6 @@ def _check_names(plan: Plan, branch: Branch) -> None:
 
 def _half_of(answer: Tensor, branch: Branch, rows: Half) -> Tensor:
     return answer[half(len(answer), rows)] if branch.rows == "all" else answer
-
-
-def _weighed(
-    branches: Sequence[Branch], like: Tensor, regions: Mapping[str, Tensor], feather: float
-) -> Sequence[Tensor]:
-    shares = [branch.share * _mask(branch, like, regions, feather) for branch in branches]
-    total = torch.stack(torch.broadcast_tensors(*shares)).sum(0)
-    if float(total.min()) <= 0:
-        raise CompositionError(
-            "the regions leave a part of the picture to no adapter. Add one for the whole picture, or let "
-            "the base draw the rest."
-        )
-    return [share / total for share in shares]
 
 
 def _mask(branch: Branch, like: Tensor, regions: Mapping[str, Tensor], feather: float) -> Tensor:

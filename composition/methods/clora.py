@@ -77,8 +77,7 @@ class CloraPlan(Plan):
 
         size = self.options.step_size * math.sqrt(1 - view.step.fraction / 2)
         for _ in range(updates):
-            _, slope = view.gradient(latents, loss)
-            latents = (latents.float() - size * slope).to(latents.dtype)
+            latents = (latents.float() - size * view.gradient(latents, loss)).to(latents.dtype)
         return latents if updates else None
 
     def found(self, maps: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":

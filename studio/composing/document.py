@@ -16,8 +16,8 @@
     [modifiers.cache]
     interval = 3
 
-Paths of adapters are relative to the document, and so is a base that begins with a dot. Nothing of a single
-picture stands here, such as its prompt.
+Paths of adapters and masks are relative to the document, and so is a base that begins with a dot. Nothing of
+a single picture stands here, such as its prompt.
 """
 
 import os
@@ -31,6 +31,7 @@ from studio.adapters.header import tensor_hash
 from studio.errors import OutputError, SpecError, UsageError
 from studio.flags import read_toml
 from studio.png import read_spec
+from studio.registry import COMPOSERS
 from studio.specs import CompositionSpec, Options, adapter_names, parse_spec
 from studio.specs.choice import NONE
 
@@ -82,7 +83,7 @@ def write_composition(spec: CompositionSpec, path: str | Path, *, overwrite: boo
         overwrite: Replace one that is there.
 
     Raises:
-        OutputError: If it exists or cannot be written.
+        OutputError: If it exists or cannot be written, or a mask is in memory.
         AdapterError: If an adapter's file is none.
     """
     path = Path(path)
@@ -126,12 +127,24 @@ def _values(document: Mapping[str, Any], home: Path) -> dict[str, Any]:
             if expected is not None:
                 hashes[use["path"]] = expected
         found.append(use)
+    if isinstance(options := values.get("options"), Mapping):
+        method = values.get("method", CompositionSpec.model_fields["method"].default)
+        values["options"] = dict(options) | {
+            name: {adapter: str(home / mask) for adapter, mask in options[name].items()}
+            for name in _mask_options(method) & options.keys()
+            if isinstance(options[name], Mapping)
+        }
     return {**values, "expected_hashes": hashes}
 
 
 def _document(spec: CompositionSpec, home: Path) -> dict[str, Any]:
     """Return what a document in the folder ``home`` says of a composition."""
     options = _said(spec.options)
+    for name in _mask_options(spec.method):
+        options[name] = {
+            adapter: _portable(_mask_file(adapter, mask), home)
+            for adapter, mask in getattr(spec.options, name).items()
+        }
     modifiers = {name: _said(given) for name, given in spec.modifiers.items()}
     base_hash = spec.expected_hashes.get(spec.base)
     return {
@@ -161,6 +174,28 @@ def _said(options: Options) -> dict[str, Any]:
         for name, value in options.model_dump(mode="json").items()
         if value is not None or fields[name].default is not None
     }
+
+
+def _mask_options(method: Any) -> set[str]:
+    """Return the names of a method's options that hold masks by adapter."""
+    if method not in COMPOSERS.names():
+        return set()
+    properties = COMPOSERS[method].Options.model_json_schema().get("properties", {})
+    return {
+        name
+        for name, field in properties.items()
+        if isinstance(entries := field.get("additionalProperties"), Mapping)
+        and entries.get("format") == "mask"
+    }
+
+
+def _mask_file(adapter: str, mask: Any) -> Path:
+    if not isinstance(mask, Path):
+        raise OutputError(
+            f"the mask of '{adapter}' is in memory, which a composition cannot hold. Save it as a picture "
+            "and give its path."
+        )
+    return mask
 
 
 def _base(base: str, home: Path) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import studio
 from studio import cli
@@ -61,6 +63,36 @@ def test_a_document_and_what_lies_beside_it_may_be_moved(
         Path("there/fox.safetensors"),
     )
     assert read_composition("there/duo.toml", home="else").adapters[0].path == Path("else/fox.safetensors")
+
+
+def test_masks_lie_beside_the_document_too(
+    duo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(duo, home)
+    mask = home / "left.png"
+    Image.new("L", (4, 4), 255).save(mask)
+    given = {
+        "adapters": [home / "fox.safetensors"],
+        "method": "regions",
+        "options": {"regions": {"fox": mask}},
+    }
+    path = write_composition(parse_spec(CompositionSpec, given), home / "one.toml")
+    assert 'fox = "left.png"' in path.read_text()
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert read_composition("moved/one.toml").options.regions == {"fox": Path("moved/left.png")}
+    assert (moved / "left.png").is_file()
+
+
+def test_a_mask_in_memory_is_refused(duo: Path, tmp_path: Path) -> None:
+    given = {
+        "adapters": [duo / "fox.safetensors"],
+        "method": "regions",
+        "options": {"regions": {"fox": torch.ones(4, 4)}},
+    }
+    with pytest.raises(OutputError, match="mask of 'fox' is in memory"):
+        write_composition(parse_spec(CompositionSpec, given), tmp_path / "one.toml")
 
 
 @pytest.mark.parametrize(
