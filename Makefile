@@ -11,7 +11,10 @@ SOURCES := assets composition kernels studio tests trainers ui
 # `make bench BENCHMARKS=bench_b_lora`.
 BENCHMARKS ?= bench_compose bench_sparse_adamw
 
-.PHONY: help demo test lint fmt types bench bench-all setup clean
+# Options of the builder of the embedded base models, such as "--device cuda --unet-minutes 15".
+STARTER_OPTIONS ?=
+
+.PHONY: help demo test lint fmt types bench bench-all starters setup clean
 help:
 	@echo "make demo    train an adapter on the embedded base model and draw with it"
 	@echo "make test    run all tests"
@@ -20,6 +23,7 @@ help:
 	@echo "make types   check types"
 	@echo "make bench   run the quick benchmarks: $(BENCHMARKS)"
 	@echo "make bench-all   run all benchmarks, which takes hours, and write their results"
+	@echo "make starters    build the embedded base models again, which takes a GPU or days"
 	@echo "make setup   only prepare the environment in $(VENV)"
 	@echo "make clean   remove the environment and everything built"
 
@@ -67,6 +71,11 @@ bench: $(VENV)/.dev
 
 bench-all:
 	@$(MAKE) bench BENCHMARKS="$(basename $(notdir $(sort $(wildcard tests/benchmarks/bench_*.py))))"
+
+# The evaluator and the autoencoder of the first serve the second too.
+starters: $(VENV)/.dev
+	$(BIN)/python -m studio.assets.builder.starters starter $(STARTER_OPTIONS)
+	$(BIN)/python -m studio.assets.builder.starters starter-xl --vae assets/starter/vae $(STARTER_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,145 +1,371 @@
-"""Build the starter: tokenizer, text encoder, autoencoder, UNet. A second run goes on from the first.
+"""Build an embedded base model: autoencoder, latents, text encoders, UNet; the next run goes on from here.
 
-python -m studio.assets.builder.build --work build/starter --steps 6000 --decay 1500
+python -m studio.assets.builder.build starter --device cuda --minutes 9 --unet-minutes 22
 """
 
 import argparse
 import json
+import math
+import os
+import platform
+import random
+import shutil
+import sys
 import time
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from studio.assets.builder import autoencoder, text_encoder, unet
-from studio.assets.builder.dataset import render_many
+from studio.assets.builder import autoencoder, text_encoder
+from studio.assets.builder.captions import caption
+from studio.assets.builder.dataset import render_many, texture_many
+from studio.assets.builder.publish import SHARD, load_text_encoders, publish
+from studio.assets.builder.recipe import RECIPES, Recipe
+from studio.assets.builder.subjects import Vocabulary
 from studio.assets.builder.tokenizer import save_tokenizer, stranger_words, train_tokenizer
+from studio.assets.builder.training import Machine, Training
+from studio.assets.builder.unet import Samples, new_unet, train_unet
 
-STARTER = Path(__file__).resolve().parent.parent / "starter"
-_CODE_PICTURES = 4096  # the patch code is fitted on so many of the first renders
-
-
-def _facts(work: Path, **facts: float) -> None:
-    """Remember measured facts for the model card."""
-    path = work / "facts.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | facts, indent=2, sort_keys=True) + "\n")
-
-
-def build_text(work: Path, *, steps: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Return the tokenizer and text encoder, trained where the work folder does not hold them yet."""
-    if not (work / "text_encoder").exists():
-        save_tokenizer(train_tokenizer(), work / "tokenizer")
-        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-        model = text_encoder.new_text_encoder(tokenizer)
-        right = text_encoder.train_text_encoder(model, tokenizer, steps=steps, strangers=stranger_words(3000))
-        _facts(work, captions_read_right=right)
-        model.half().save_pretrained(work / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    return tokenizer, CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32)
+ASSETS = Path(__file__).resolve().parent.parent
+STARTER = ASSETS / "starter"
+_STRANGERS = 3000
+_CODE_PICTURES = 4096  # the patch code is fitted on so many renders, and on a quarter as many textures
+_DECODER_PICTURES = 32_768
+_SLICE = 16_384  # pictures in memory at a time
+_HELD = 256  # pictures kept apart to measure the reconstruction
 
 
-def build_autoencoder(work: Path, pixels: Tensor, *, steps: int) -> AutoencoderKL:
-    """Return the autoencoder, trained where the work folder does not hold it yet."""
-    if not (work / "vae").exists():
-        mean, components = autoencoder.principal_patches(pixels[:_CODE_PICTURES])
-        latents = autoencoder.encode_linear(pixels[:_CODE_PICTURES], mean, components)
+@dataclass(frozen=True)
+class Workshop:
+    """Where a recipe is built.
+
+    Attributes:
+        recipe: What is built.
+        folder: Of parts and states; a second run goes on from there.
+        machine: Device and deadline.
+        workers: Processes that render.
+    """
+
+    recipe: Recipe
+    folder: Path
+    machine: Machine
+    workers: int = 2
+
+    def note(self, **facts: object) -> None:
+        """Remember facts for the model card."""
+        path = self.folder / "facts.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | facts, indent=2, sort_keys=True) + "\n")
+
+    def pixels(self, renders: int, textures: int, *, seed: int) -> Tensor:
+        """Return renders and textures ``[N, 3, size, size]`` uint8 for the autoencoder."""
+        recipe, size = self.recipe, self.recipe.size
+        pictures = render_many(
+            renders, seed=seed, size=size, vocabulary=recipe.vocabulary, workers=self.workers
+        ).pixels
+        if not textures:
+            return pictures
+        return torch.cat([pictures, texture_many(textures, seed=seed, size=size, workers=self.workers)])
+
+
+def build_code(shop: Workshop) -> AutoencoderKL:
+    """Return the autoencoder in fp32 with its encoder set; the work folder's where it holds one."""
+    recipe, folder = shop.recipe, shop.folder / "vae"
+    if not folder.exists():
+        count = min(_CODE_PICTURES, recipe.renders)
+        pixels = shop.pixels(count, min(count // 4, recipe.textures), seed=2)
+        spec = recipe.autoencoder
+        mean, components = autoencoder.principal_patches(pixels, patch=spec.patch, channels=spec.channels)
+        latents = autoencoder.encode_linear(pixels[:count], components @ mean, components)
         torch.manual_seed(0)
         vae = autoencoder.new_autoencoder(
-            scaling_factor=round(1 / float(latents.std()), 5), size=pixels.shape[-1]
+            spec, scaling_factor=round(1 / float(latents.std()), 5), size=recipe.size
         )
-        autoencoder.set_linear_encoder(vae, mean, components)
-        error = (vae.encode(autoencoder.to_unit(pixels[:64])).latent_dist.mean - latents[:64]).abs().max()
-        _facts(
-            work,
-            encoder_vs_linear_code=float(error),
-            reconstruction_psnr=autoencoder.train_decoder(vae, pixels, steps=steps),
-        )
-        vae.half().save_pretrained(work / "vae")
-    return AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32)
+        autoencoder.set_linear_encoder(vae, spec, mean, components)
+        vae.half().save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def encode_all(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Return scaled latents ``[N, C, h, w]`` in bf16, by the linear code that the encoder computes."""
-    mean, components = autoencoder.principal_patches(pixels[:_CODE_PICTURES])
-    parts = [autoencoder.encode_linear(chunk, mean, components) for chunk in pixels.split(1024)]
-    return torch.cat([(part * vae.config.scaling_factor).bfloat16() for part in parts])
-
-
-def publish(work: Path, folder: Path) -> None:
-    """Write the diffusers folder in fp16 from the parts in the work folder."""
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float16),
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float16),
-        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(work / "unet", torch_dtype=torch.float16),
-        scheduler=unet.new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def build_decoder(shop: Workshop, vae: AutoencoderKL) -> bool:
+    """Train the decoder; return whether that is over."""
+    recipe, machine = shop.recipe, shop.machine
+    done = shop.folder / "vae.done"
+    if done.exists():
+        return True
+    pixels = shop.pixels(min(_DECODER_PICTURES, recipe.renders), recipe.textures, seed=3)
+    training = autoencoder.train_decoder(
+        vae,
+        pixels,
+        recipe.autoencoder,
+        schedule=recipe.decoder_schedule,
+        machine=machine,
+        state=shop.folder / "decoder.pt",
+        batch=recipe.decoder_batch,
     )
-    pipeline.save_pretrained(folder)
-    save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
+    vae.to("cpu").half().save_pretrained(shop.folder / "vae")
+    if training.done:
+        done.touch()
+        held = min(_HELD, recipe.renders)
+        fresh = render_many(held, seed=4, size=recipe.size, vocabulary=recipe.vocabulary, workers=1).pixels
+        offset, components = autoencoder.linear_code(vae, recipe.autoencoder)
+        vae = vae.float().to(machine.torch_device)
+        with torch.no_grad():
+            unit = autoencoder.to_unit(fresh[:64]).to(vae.device)
+            error = vae.encode(unit).latent_dist.mean.cpu() - autoencoder.encode_linear(
+                fresh[:64], offset, components
+            )
+        shop.note(
+            reconstruction_psnr=autoencoder.reconstruction_psnr(vae, fresh),
+            encoder_vs_linear_code=float(error.abs().max()),
+        )
+    return training.done
+
+
+def build_text(shop: Workshop) -> bool:
+    """Train tokenizer and text encoders; return whether that is over."""
+    recipe, work = shop.recipe, shop.folder
+    if (work / f"text_encoder_{len(recipe.texts)}").exists():
+        return True
+    if not (work / "tokenizer").exists():
+        save_tokenizer(train_tokenizer(recipe.vocabulary), work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    encoders = [
+        text_encoder.new_text_encoder(tokenizer, spec, seed=seed) for seed, spec in enumerate(recipe.texts)
+    ]
+    training, right = text_encoder.train_text_encoders(
+        encoders,
+        recipe.texts,
+        tokenizer,
+        recipe.vocabulary,
+        schedule=recipe.text_schedule,
+        machine=shop.machine,
+        state=work / "text.pt",
+        strangers=stranger_words(_STRANGERS, recipe.vocabulary),
+    )
+    if training.done:
+        shop.note(captions_read_right=right)
+        for number, encoder in enumerate(encoders, 1):
+            encoder.to("cpu").half().save_pretrained(work / f"text_encoder_{number}")
+    return training.done
+
+
+def encode_renders(shop: Workshop, vae: AutoencoderKL) -> dict[str, Tensor]:
+    """Return scaled latents in bf16, labels and time ids of all renders.
+
+    The latents come from the linear code that the encoder computes, at a fraction of its cost.
+    """
+    recipe, path = shop.recipe, shop.folder / "latents.safetensors"
+    if not path.exists():
+        offset, components = autoencoder.linear_code(vae, recipe.autoencoder)
+        parts: dict[str, list[Tensor]] = {"latents": [], "labels": [], "time_ids": []}
+        for start in range(0, recipe.renders, _SLICE):
+            renders = render_many(
+                min(_SLICE, recipe.renders - start),
+                seed=1000 + start,
+                size=recipe.size,
+                vocabulary=recipe.vocabulary,
+                framed=recipe.sdxl,
+                workers=shop.workers,
+            )
+            for chunk in renders.pixels.split(1024):
+                latents = autoencoder.encode_linear(chunk, offset, components)
+                parts["latents"].append((latents * vae.config.scaling_factor).bfloat16())
+            parts["labels"].append(renders.labels)
+            parts["time_ids"].append(renders.time_ids)
+        save_file({name: torch.cat(part) for name, part in parts.items()}, path)
+    data: dict[str, Tensor] = load_file(path)
+    return data
+
+
+def word(tokenizer: CLIPTokenizer, vocabulary: Vocabulary, *, wordings: int, seed: int = 0) -> Tensor:
+    """Return ``[K, wordings, 77]`` int32 token ids: captions of all combinations of the vocabulary.
+
+    Subjects come first, then styles, then backgrounds: the last changes fastest.
+    """
+    rng = random.Random(seed)
+    strangers = stranger_words(_STRANGERS, vocabulary)
+    return torch.stack(
+        [
+            text_encoder.token_ids(
+                tokenizer,
+                [caption(subject, style, ground, rng, strangers=strangers) for _ in range(wordings)],
+            ).int()
+            for subject, style, ground in product(
+                vocabulary.subjects, vocabulary.styles, vocabulary.backgrounds
+            )
+        ]
+    )
+
+
+def build_unet(shop: Workshop, data: dict[str, Tensor], output: Path, *, shard: str = SHARD) -> Training:
+    """Train the UNet and publish the model at every save."""
+    recipe, work = shop.recipe, shop.folder
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    path = work / "captions.safetensors"
+    if not path.exists():
+        save_file({"ids": word(tokenizer, recipe.vocabulary, wordings=recipe.wordings)}, path)
+    styles, grounds = len(recipe.vocabulary.styles), len(recipe.vocabulary.backgrounds)
+    wording = data["labels"] @ torch.tensor([styles * grounds, grounds, 1])
+    empty = text_encoder.token_ids(tokenizer, [""])[0]
+
+    def save(training: Training) -> None:
+        half = new_unet(recipe.unet_shape).half()
+        half.load_state_dict(training.average.state_dict())
+        half.save_pretrained(work / "unet")
+        shop.note(
+            unet_steps=training.step,
+            unet_minutes=round(training.spent / 60, 1),
+            unet_loss=round(training.loss, 5),
+            batch=recipe.batch,
+            renders=recipe.renders,
+            machine=machine_name(shop.machine),
+        )
+        publish(recipe, work, output, shard=shard)
+
+    unet = new_unet(recipe.unet_shape)
+    if (work / "unet").exists():
+        # Of a published model, or of the last save, whose state file replaces it.
+        unet = UNet2DConditionModel.from_pretrained(work / "unet", torch_dtype=torch.float32)
+    return train_unet(
+        unet,
+        Samples(data["latents"], data["time_ids"], wording, load_file(path)["ids"], empty),
+        load_text_encoders(recipe, work, torch.float32),
+        schedule=recipe.unet_schedule,
+        machine=shop.machine,
+        state=work / "unet.pt",
+        batch=recipe.batch,
+        save=save,
+    )
+
+
+def machine_name(machine: Machine) -> str:
+    """Return what the model card says of the machine."""
+    name = torch.cuda.get_device_name() if machine.device == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def build(shop: Workshop, output: Path, *, shard: str = SHARD) -> bool:
+    """Build what is missing and publish; return whether all is done.
+
+    Args:
+        shop: Recipe, folder and machine.
+        output: Diffusers folder to write.
+        shard: Largest file of weights.
+    """
+    vae = build_code(shop)
+    data = encode_renders(shop, vae)
+    if not (
+        build_decoder(shop, vae) and build_text(shop) and build_unet(shop, data, output, shard=shard).done
+    ):
+        return False
+    # Another run may have finished the training, and its output may have been put back since.
+    publish(shop.recipe, shop.folder, output, shard=shard)
+    return True
+
+
+def take_autoencoder(source: Path, shop: Workshop) -> None:
+    """Copy a finished autoencoder into a workshop that has none.
+
+    Raises:
+        SystemExit: If it is not of the recipe's shape.
+    """
+    if (shop.folder / "vae").exists():
+        return
+    spec, config = shop.recipe.autoencoder, AutoencoderKL.load_config(source)
+    found = tuple(config["block_out_channels"]), config["latent_channels"]
+    if found != (spec.widths, spec.channels):
+        raise SystemExit(
+            f"{source} has widths and latent channels {found}, {shop.recipe.name} wants "
+            f"{(spec.widths, spec.channels)}. Build the recipe that it comes from first."
+        )
+    shutil.copytree(source, shop.folder / "vae")
+    (shop.folder / "vae.done").touch()
+
+
+def take_model(source: Path, shop: Workshop) -> None:
+    """Copy a published model into an empty workshop: its UNet's training begins anew from these weights.
+
+    Raises:
+        SystemExit: If it is not of the recipe's shape.
+    """
+    if (shop.folder / "unet").exists():
+        return
+    take_autoencoder(source / "vae", shop)
+    # As a file holds it, which knows no tuples.
+    shape = json.loads(json.dumps(dict(new_unet(shop.recipe.unet_shape).config)))
+    config = UNet2DConditionModel.load_config(source / "unet")
+    if changed := [name for name, value in config.items() if name[0] != "_" and shape[name] != value]:
+        raise SystemExit(
+            f"the UNet in {source} is not of {shop.recipe.name}'s shape: {', '.join(changed)}. Leave out "
+            "--from to begin without it."
+        )
+    for number in range(1, len(shop.recipe.texts) + 1):
+        name = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        shutil.copytree(source / name, shop.folder / f"text_encoder_{number}")
+    shutil.copytree(source / "tokenizer", shop.folder / "tokenizer")
+    # In one file: the index of several would outlive the next save.
+    unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float16)
+    unet.save_pretrained(shop.folder / "unet")
+    shop.note(begun_from=source.name)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what to build, where and how long."""
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--work", type=Path, help="folder of parts and states (default: build/RECIPE)")
+    parser.add_argument("--output", type=Path, help="diffusers folder to write (default: assets/RECIPE)")
+    parser.add_argument("--vae", type=Path, help="take this finished autoencoder, such as assets/starter/vae")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="go on from the weights of this published model"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
+    parser.add_argument("--unet-minutes", type=float, help="train the UNet so long in all, over all runs")
+    parser.add_argument("--steps", type=int, help="train the UNet so many steps in all, over all runs")
+    parser.add_argument("--batch", type=int, help="samples per step of the UNet")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile networks")
+    parser.add_argument("--save-minutes", type=float, default=4)
+
+
+def open_workshop(args: argparse.Namespace) -> tuple[Workshop, Path]:
+    """Return the workshop and the output folder that the options of ``add_options`` describe."""
+    recipe: Recipe = RECIPES[args.recipe]
+    schedule = replace(
+        recipe.unet_schedule,
+        steps=args.steps or recipe.unet_schedule.steps,
+        seconds=args.unet_minutes and 60 * args.unet_minutes,
+    )
+    recipe = replace(recipe, unet_schedule=schedule, batch=args.batch or recipe.batch)
+    machine = Machine(
+        args.device,
+        not args.no_compile,
+        time.monotonic() + 60 * args.minutes,
+        save_seconds=60 * args.save_minutes,
+    )
+    shop = Workshop(recipe, args.work or Path("build") / recipe.name, machine, args.workers)
+    shop.folder.mkdir(parents=True, exist_ok=True)
+    if args.source:
+        take_model(args.source, shop)
+    if args.vae:
+        take_autoencoder(args.vae, shop)
+    module = f"studio.assets.builder.{Path(sys.argv[0]).stem}"
+    shop.note(command=" ".join(["python -m", module, *sys.argv[1:]]))
+    return shop, args.output or ASSETS / recipe.name
 
 
 def main() -> None:
-    """Build what is missing, train the UNet to the step asked for, and publish."""
+    """Build until all is done or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of parts and state; a second run resumes there"
-    )
-    parser.add_argument("--output", type=Path, default=STARTER, help="diffusers folder to publish to")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--renders", type=int, default=61_440, help="pictures to render and hold in memory")
-    parser.add_argument("--text-steps", type=int, default=500)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=6000, help="UNet step to stop at")
-    parser.add_argument(
-        "--decay", type=int, default=1500, help="last UNet steps with a falling learning rate"
-    )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the UNet")
-    parser.add_argument("--save-minutes", type=float, default=10)
-    args = parser.parse_args()
-
-    args.work.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    tokenizer, encoder = build_text(args.work, steps=args.text_steps)
-    renders = render_many(args.renders, seed=1, size=args.size, strangers=stranger_words(3000))
-    vae = build_autoencoder(args.work, renders.pixels, steps=args.decoder_steps)
-    cache = args.work / "cache.safetensors"
-    if not cache.exists():
-        ids = text_encoder.token_ids(tokenizer, [*renders.captions, ""])
-        save_file(
-            {"latents": encode_all(vae, renders.pixels), "text": text_encoder.embed(encoder, ids)}, cache
-        )
-    data = load_file(cache)
-
-    def save(model: UNet2DConditionModel, step: int) -> None:
-        half = unet.new_unet(latent_size=args.size // autoencoder.PATCH).half()
-        half.load_state_dict(model.state_dict())
-        half.save_pretrained(args.work / "unet")
-        _facts(args.work, unet_steps=step, unet_samples=step * args.batch, renders=args.renders)
-        publish(args.work, args.output)
-
-    spec = unet.UNetTraining(
-        steps=args.steps, decay=args.decay, batch=args.batch, device=args.device, compile=not args.no_compile
-    )
-    loss = unet.train_unet(
-        unet.new_unet(latent_size=args.size // autoencoder.PATCH),
-        data["latents"],
-        data["text"][:-1],
-        data["text"][-1],
-        spec=spec,
-        state=args.work / "state.pt",
-        save=save,
-        every_seconds=60 * args.save_minutes,
-    )
-    _facts(args.work, unet_loss=loss, hours_of_last_run=round((time.monotonic() - start) / 3600, 2))
+    add_options(parser)
+    done = build(*open_workshop(parser.parse_args()))
+    print("done" if done else "time is up: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ _OPENINGS = {
         "a watercolour painting of",
         "a soft watercolor picture of",
     ),
+    "cartoon": ("a cartoon of", "a comic drawing of", "a cartoon picture of", "a comic of"),
+    "gold": ("a golden statue of", "a gold statue of", "a golden figure of", "a gold figurine of"),
 }
 _SUFFIXES = {
     "sketch": ("pencil sketch", "in sketch style", "sketch"),
     "pixel": ("pixel art", "in pixel art style", "pixelated"),
     "watercolor": ("watercolor", "in watercolor style", "watercolour painting"),
+    "cartoon": ("cartoon", "in cartoon style", "comic drawing"),
+    "gold": ("golden statue", "in gold", "made of gold"),
 }
 # Words without meaning for the picture: the text encoder learns to look past what it does not know.
 _FILLERS = (
@@ -40,6 +44,11 @@ _FILLERS = (
 def with_article(noun: str) -> str:
     """Return the noun after its indefinite article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def opening(style: str) -> str:
+    """Return the words that first come to mind for a trained style: ``a pencil sketch of``."""
+    return _OPENINGS[style][0]
 
 
 def _noun(subject: Subject, rng: random.Random, strangers: tuple[str, ...]) -> str:

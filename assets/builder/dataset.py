@@ -1,25 +1,23 @@
-"""Rendered pictures with captions as tensors, made in worker processes and reproducible from a seed."""
+"""Rendered pictures as tensors, made in worker processes and reproducible from a seed."""
 
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from studio.assets.builder.captions import caption
-from studio.assets.builder.render import random_placement, render
-from studio.assets.builder.subjects import (
-    ALL_BACKGROUNDS,
-    ALL_STYLES,
-    ALL_SUBJECTS,
-    BACKGROUNDS,
-    STYLES,
-    SUBJECTS,
-)
+from studio.assets.builder.render import Placement, random_placement, render
+from studio.assets.builder.subjects import SHIPPED, VOCABULARIES, Vocabulary
+from studio.assets.builder.textures import texture
 
 _CHUNK = 512
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -28,38 +26,98 @@ class Renders:
 
     Attributes:
         pixels: ``[N, 3, size, size]`` uint8.
-        labels: ``[N, 3]`` int64: indices into ``ALL_SUBJECTS``, ``ALL_STYLES`` and ``ALL_BACKGROUNDS``.
-        captions: N wordings; empty strings where held-out things are shown.
+        labels: ``[N, 3]`` int64: indices into the vocabulary's ``all_subjects``, ``all_styles`` and
+            ``all_backgrounds``.
+        time_ids: ``[N, 6]`` int64, SDXL's: height and width before scaling, top and left of the crop, height
+            and width of the picture.
     """
 
     pixels: Tensor
     labels: Tensor
-    captions: list[str]
+    time_ids: Tensor
 
 
-def _render_chunk(
-    job: tuple[int, int, int, bool, tuple[str, ...]],
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    seed, count, size, held_out, strangers = job
-    rng = random.Random(seed)
-    subjects = ALL_SUBJECTS if held_out else SUBJECTS
-    styles = ALL_STYLES if held_out else STYLES
-    backgrounds = list(ALL_BACKGROUNDS if held_out else BACKGROUNDS)
-    pixels = np.empty((count, size, size, 3), dtype=np.uint8)
-    labels = np.empty((count, 3), dtype=np.int64)
-    words = []
-    for row in range(count):
-        subject, style, ground = rng.choice(subjects), rng.choice(styles), rng.choice(backgrounds)
-        pixels[row] = np.asarray(
-            render(subject.name, style, ground, placement=random_placement(rng), size=size)
-        )
-        labels[row] = (
-            ALL_SUBJECTS.index(subject),
-            ALL_STYLES.index(style),
-            list(ALL_BACKGROUNDS).index(ground),
-        )
-        words.append("" if held_out else caption(subject, style, ground, rng, strangers=strangers))
-    return pixels, labels, words
+@dataclass(frozen=True)
+class _Job:
+    seed: int
+    count: int
+    size: int
+    vocabulary: str
+    held_out: bool
+    framed: bool
+
+
+def frame(
+    draw: Callable[[int], Image.Image], rng: random.Random, *, size: int
+) -> tuple[Image.Image, tuple[int, ...]]:
+    """Return a picture and the SDXL time ids that are true of it.
+
+    Most pictures are whole and sharp, however large they are said to have been; some were smaller, so they
+    are soft; some are a part of a larger one.
+
+    Args:
+        draw: Renders the same picture at any size.
+        rng: Source of the choice.
+        size: Side of the picture in pixels.
+
+    SDXL, arXiv:2307.01952, Sec. 2.2.
+    """
+    roll = rng.random()
+    if roll < 0.1:
+        small = rng.randrange(size // 2, size)
+        return draw(small).resize((size, size), Image.Resampling.BICUBIC), (small, small, 0, 0, size, size)
+    if roll < 0.25:
+        large = rng.randrange(size + 1, size + size // 4 + 1)
+        top, left = rng.randrange(large - size + 1), rng.randrange(large - size + 1)
+        picture = draw(large).crop((left, top, left + size, top + size))
+        return picture, (large, large, top, left, size, size)
+    height, width = (rng.randrange(size, 8 * size) if roll < 0.5 else size for _ in range(2))
+    return draw(size), (height, width, 0, 0, size, size)
+
+
+def _draw(subject: str, style: str, background: str, placement: Placement, size: int) -> Image.Image:
+    return render(subject, style, background, placement=placement, size=size)
+
+
+def _render_chunk(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = random.Random(job.seed)
+    words = VOCABULARIES[job.vocabulary]
+    subjects, styles, grounds = words.all_subjects, words.all_styles, list(words.all_backgrounds)
+    shown = words.shown_pairs
+    pixels = np.empty((job.count, job.size, job.size, 3), dtype=np.uint8)
+    labels = np.empty((job.count, 3), dtype=np.int64)
+    time_ids = np.empty((job.count, 6), dtype=np.int64)
+    for row in range(job.count):
+        if job.held_out:
+            subject, style, ground = rng.choice(subjects), rng.choice(styles), rng.choice(grounds)
+        else:
+            (subject, style), ground = rng.choice(shown), rng.choice(list(words.backgrounds))
+        draw = partial(_draw, subject.name, style, ground, random_placement(rng))
+        if job.framed:
+            picture, time_ids[row] = frame(draw, rng, size=job.size)
+        else:
+            picture, time_ids[row] = draw(job.size), (job.size, job.size, 0, 0, job.size, job.size)
+        pixels[row] = np.asarray(picture)
+        labels[row] = subjects.index(subject), styles.index(style), grounds.index(ground)
+    return pixels, labels, time_ids
+
+
+def _in_processes(work: Callable[..., _Made], jobs: list[_Job], workers: int) -> list[_Made]:
+    if workers == 1:
+        return [work(job) for job in jobs]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(work, jobs))
+
+
+def _jobs(count: int, job: _Job) -> list[_Job]:
+    return [
+        replace(job, seed=job.seed * 1_000_003 + start, count=min(_CHUNK, count - start))
+        for start in range(0, count, _CHUNK)
+    ]
+
+
+def _pixels(rows: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2).contiguous()
 
 
 def render_many(
@@ -67,8 +125,9 @@ def render_many(
     *,
     seed: int,
     size: int = 64,
+    vocabulary: Vocabulary = SHIPPED,
     held_out: bool = False,
-    strangers: tuple[str, ...] = (),
+    framed: bool = False,
     workers: int = 2,
 ) -> Renders:
     """Render ``count`` random pictures.
@@ -77,17 +136,26 @@ def render_many(
         count: How many.
         seed: Same seed and count: the same pictures, whatever the number of workers.
         size: Side in pixels.
-        held_out: Draw from the held-out subjects, styles and backgrounds too (the evaluator); no captions
-            then.
-        strangers: See ``caption``.
-        workers: Processes.
+        vocabulary: What is drawn.
+        held_out: Draw from the held-out subjects, styles, backgrounds and pairs too (the evaluator).
+        framed: Make some pictures soft and cut some, and say so in their time ids; see ``frame``.
+        workers: Processes; 1 renders in this one.
     """
-    jobs = [
-        (seed * 1_000_003 + start, min(_CHUNK, count - start), size, held_out, strangers)
-        for start in range(0, count, _CHUNK)
-    ]
-    with ProcessPoolExecutor(workers) as pool:
-        chunks = list(pool.map(_render_chunk, jobs))
-    pixels = torch.from_numpy(np.concatenate([chunk[0] for chunk in chunks])).permute(0, 3, 1, 2).contiguous()
-    labels = torch.from_numpy(np.concatenate([chunk[1] for chunk in chunks]))
-    return Renders(pixels, labels, [text for chunk in chunks for text in chunk[2]])
+    jobs = _jobs(count, _Job(seed, count, size, vocabulary.name, held_out, framed))
+    pixels, labels, time_ids = zip(*_in_processes(_render_chunk, jobs, workers), strict=True)
+    return Renders(
+        _pixels(list(pixels)),
+        torch.from_numpy(np.concatenate(labels)),
+        torch.from_numpy(np.concatenate(time_ids)),
+    )
+
+
+def _texture_chunk(job: _Job) -> np.ndarray:
+    rng = np.random.default_rng(job.seed)
+    return np.stack([np.asarray(texture(rng, size=job.size)) for _ in range(job.count)])
+
+
+def texture_many(count: int, *, seed: int, size: int, workers: int = 2) -> Tensor:
+    """Return ``[count, 3, size, size]`` uint8 textures, the same for one seed and count."""
+    jobs = _jobs(count, _Job(seed, count, size, SHIPPED.name, False, False))
+    return _pixels(_in_processes(_texture_chunk, jobs, workers))

@@ -1,25 +1,25 @@
-"""Measure a starter with the evaluator, and draw the grid of its model card.
+"""Draw with a starter and count what the evaluator recognises, with confidence intervals."""
 
-python -m studio.assets.builder.measure --prompts 480 --output build/measured
-"""
-
-import argparse
-import json
 import math
 import random
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from tqdm import tqdm
 
-from studio.assets.builder.build import STARTER
 from studio.assets.builder.captions import caption
-from studio.assets.builder.evaluator import judge
-from studio.assets.builder.subjects import BACKGROUNDS, STYLES, SUBJECTS
+from studio.assets.builder.evaluator import Verdict, judge
+from studio.assets.builder.subjects import SHIPPED, Subject, Vocabulary
+
+HEADS = ("subject", "style", "background")
+
+Row = tuple[str, str, str, str]
+"""A prompt with the subject, style and background that it names."""
 
 
 def wilson(right: int, count: int, *, z: float = 1.96) -> tuple[float, float]:
@@ -31,12 +31,13 @@ def wilson(right: int, count: int, *, z: float = 1.96) -> tuple[float, float]:
 
 
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     prompts: list[str],
     *,
     seed: int,
     steps: int = 25,
     guidance: float = 5.0,
+    negative: str | None = None,
     batch: int = 16,
 ) -> list[Image.Image]:
     """Return one picture per prompt; picture i has the noise of seed + i, whatever the batch size."""
@@ -44,18 +45,63 @@ def draw(
     for start in tqdm(range(0, len(prompts), batch), desc="drawing", mininterval=5):
         part = prompts[start : start + batch]
         noise = [torch.Generator().manual_seed(seed + start + row) for row in range(len(part))]
-        pictures += pipe(part, generator=noise, num_inference_steps=steps, guidance_scale=guidance).images
+        pictures += pipe(
+            part,
+            negative_prompt=None if negative is None else [negative] * len(part),
+            generator=noise,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        ).images
     return pictures
 
 
-def labelled_prompts(count: int, *, seed: int) -> list[tuple[str, str, str, str]]:
-    """Return captions with the subject, style and background that they name."""
+def labelled_prompts(
+    count: int,
+    *,
+    seed: int,
+    vocabulary: Vocabulary = SHIPPED,
+    pairs: Sequence[tuple[Subject, str]] = (),
+    strangers: tuple[str, ...] = (),
+) -> list[Row]:
+    """Return captions with the subject, style and background that they name.
+
+    Args:
+        count: How many.
+        seed: Of their choice.
+        vocabulary: What they are about.
+        pairs: Subjects and styles to choose from; all that are shown in training where none are given.
+        strangers: Words put before some nouns that say nothing about the picture.
+    """
     rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        subject, style, ground = rng.choice(SUBJECTS), rng.choice(STYLES), rng.choice(list(BACKGROUNDS))
-        rows.append((caption(subject, style, ground, rng), subject.name, style, ground))
+    held = set(vocabulary.held_out_pairs)
+    rows: list[Row] = []
+    while len(rows) < count:
+        if pairs:
+            subject, style = rng.choice(pairs)
+        else:
+            subject, style = rng.choice(vocabulary.subjects), rng.choice(vocabulary.styles)
+            if (subject, style) in held:
+                continue
+        ground = rng.choice(list(vocabulary.backgrounds))
+        rows.append((caption(subject, style, ground, rng, strangers=strangers), subject.name, style, ground))
     return rows
+
+
+def shares(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """Return the share of right subjects, styles and backgrounds, each with its 95 % interval."""
+    found = {}
+    for column, head in enumerate(HEADS, 1):
+        right = sum(
+            getattr(verdict, head) == row[column] for verdict, row in zip(verdicts, rows, strict=True)
+        )
+        low, high = wilson(right, len(rows))
+        found[head] = {"share": round(right / len(rows), 4), "low": round(low, 4), "high": round(high, 4)}
+    return found
+
+
+def accuracy(pipe: Any, rows: Sequence[Row], *, seed: int, **how: Any) -> dict[str, dict[str, float]]:
+    """Draw the prompts and return ``shares`` of the pictures; ``how`` goes to ``draw``."""
+    return shares(rows, judge(draw(pipe, [row[0] for row in rows], seed=seed, **how)))
 
 
 def grid(pictures: list[Image.Image], *, columns: int) -> Image.Image:
@@ -67,58 +113,9 @@ def grid(pictures: list[Image.Image], *, columns: int) -> Image.Image:
     return sheet
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
-    """Return the starter in fp32 with its progress bars off."""
+def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Return the starter, by default in fp32 on the CPU, with its progress bars off."""
     disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def main() -> None:
-    """Print accuracies with confidence intervals as JSON; write the grid."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starter", type=Path, default=STARTER)
-    parser.add_argument("--prompts", type=int, default=480)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--output", type=Path, default=Path("measured"))
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    pipe = load(args.starter)
-
-    rows = labelled_prompts(args.prompts, seed=5)
-    start = time.monotonic()
-    pictures = draw(pipe, [row[0] for row in rows], seed=1000, steps=args.steps, guidance=args.guidance)
-    seconds = round((time.monotonic() - start) / len(rows), 3)
-    facts: dict[str, object] = {"prompts": len(rows), "seconds_per_picture": seconds}
-    verdicts = judge(pictures)
-    for head in ("subject", "style", "background"):
-        column = ("subject", "style", "background").index(head) + 1
-        right = sum(
-            getattr(verdict, head) == row[column] for verdict, row in zip(verdicts, rows, strict=True)
-        )
-        low, high = wilson(right, len(rows))
-        facts[head] = {"share": round(right / len(rows), 4), "low": round(low, 4), "high": round(high, 4)}
-    (args.output / "accuracy.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-    grounds = list(BACKGROUNDS)
-    openings = {
-        "plain": "a photo of",
-        "sketch": "a pencil sketch of",
-        "pixel": "pixel art of",
-        "watercolor": "a watercolor painting of",
-    }
-    prompts = [
-        f"{openings[style]} a {subject.name} on a {grounds[(row + column) % len(grounds)]} background"
-        for row, style in enumerate(STYLES)
-        for column, subject in enumerate(SUBJECTS)
-    ]
-    grid(draw(pipe, prompts, seed=7), columns=len(SUBJECTS)).quantize(256).save(
-        args.output / "grid.png", optimize=True
-    )
-    print(json.dumps(facts, indent=2))
-
-
-if __name__ == "__main__":
-    main()

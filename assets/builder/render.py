@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 from studio.assets.builder.sprites import SPRITES
-from studio.assets.builder.subjects import ALL_BACKGROUNDS, ALL_STYLES
+from studio.assets.builder.subjects import FULL
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def _edges(layer: Image.Image) -> Image.Image:
     # FIND_EDGES marks the border of the picture as an edge.
     frame = Image.new("L", edges.size)
     frame.paste(edges.crop((1, 1, edges.width - 1, edges.height - 1)), (1, 1))
-    return ImageEnhance.Contrast(frame).enhance(1.6)
+    lines = ImageEnhance.Contrast(frame).enhance(1.6)
+    # As wide in a picture of 128 pixels as in one of 64: thinner lines would not survive an autoencoder.
+    return lines.filter(ImageFilter.MaxFilter(3)) if layer.width >= 128 else lines
 
 
 def _plain(layer: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -122,6 +125,60 @@ def _mosaic(layer: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return Image.composite(picture, grout, mask)
 
 
+def _solid(layer: Image.Image) -> Image.Image:
+    """Return where the subject is as a mask of 0 and 255."""
+    return layer.getchannel("A").point(lambda value: 255 * (value > 127))
+
+
+def _cartoon(layer: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Few bold colours inside a thick dark outline."""
+    width = max(1, layer.width // 48)
+    tones = ImageOps.posterize(
+        ImageEnhance.Color(_on(background, layer).filter(ImageFilter.MedianFilter(5))).enhance(1.6), 2
+    )
+    mask = _solid(layer)
+    outline = ImageChops.subtract(
+        mask.filter(ImageFilter.MaxFilter(2 * width + 1)), mask.filter(ImageFilter.MinFilter(3))
+    )
+    bold = ImageEnhance.Brightness(tones).enhance(1.25)
+    picture = Image.composite(bold, Image.new("RGB", layer.size, background), mask)
+    return Image.composite(Image.new("RGB", layer.size, (20, 18, 24)), picture, outline)
+
+
+def _gold(layer: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A statue of metal: only light and shadow of the subject are left, from bronze to pale gold."""
+    gray = _on((128, 128, 128), layer).convert("L")
+    tones = ImageOps.autocontrast(gray, cutoff=2, mask=_solid(layer))
+    metal = ImageOps.colorize(tones, black=(74, 42, 4), mid=(214, 158, 26), white=(255, 248, 200))
+    return Image.composite(metal, Image.new("RGB", layer.size, background), layer.getchannel("A"))
+
+
+@cache
+def _panes(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each pixel's pane ``[size, size]`` and where the lead between panes is."""
+    across = 12
+    corners = np.stack(np.meshgrid(np.arange(across), np.arange(across), indexing="ij"), -1).reshape(-1, 2)
+    jitter = np.random.default_rng(0).uniform(-0.36, 0.36, corners.shape)
+    centres = (corners + 0.5 + jitter) * size / across
+    y, x = np.mgrid[:size, :size] + 0.5
+    pane = ((y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2).argmin(-1)
+    lead = np.zeros((size, size), dtype=bool)
+    lead[1:] |= pane[1:] != pane[:-1]
+    lead[:, 1:] |= pane[:, 1:] != pane[:, :-1]
+    return pane, lead
+
+
+def _glass(layer: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Irregular panes of one colour, leaded."""
+    pane, lead = _panes(layer.width)
+    picture = np.asarray(ImageEnhance.Color(_on(background, layer)).enhance(1.4), dtype=np.float64)
+    count = np.bincount(pane.ravel())
+    colours = [np.bincount(pane.ravel(), picture[..., channel].ravel()) / count for channel in range(3)]
+    window = np.stack(colours, -1)[pane]
+    window[lead] = (24, 22, 26)
+    return Image.fromarray(window.astype(np.uint8))
+
+
 _PAINTERS = {
     "plain": _plain,
     "sketch": _sketch,
@@ -129,8 +186,11 @@ _PAINTERS = {
     "watercolor": _watercolor,
     "neon": _neon,
     "mosaic": _mosaic,
+    "cartoon": _cartoon,
+    "gold": _gold,
+    "glass": _glass,
 }
-assert set(_PAINTERS) == set(ALL_STYLES)
+assert set(_PAINTERS) == set(FULL.all_styles)
 
 
 def render(
@@ -139,11 +199,11 @@ def render(
     """Return an RGB picture of ``size`` x ``size`` pixels.
 
     Args:
-        subject: A name in ``ALL_SUBJECTS``.
-        style: A name in ``ALL_STYLES``.
-        background: A name in ``ALL_BACKGROUNDS``.
+        subject: A name in ``FULL.all_subjects``.
+        style: A name in ``FULL.all_styles``.
+        background: A name in ``FULL.all_backgrounds``.
         placement: Position, size and mirror of the subject; centred when not given.
         size: Side of the picture in pixels.
     """
     layer = _place(subject, placement or Placement(), size)
-    return _PAINTERS[style](layer, ALL_BACKGROUNDS[background])
+    return _PAINTERS[style](layer, FULL.all_backgrounds[background])

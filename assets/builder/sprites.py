@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from studio.assets.builder.subjects import ALL_SUBJECTS
+from studio.assets.builder.subjects import FULL
 
 SPRITES = Path(__file__).resolve().parent.parent / "sprites"
 STRIKE = 109  # the only bitmap size that the colour font holds
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("font", type=Path, help="path of NotoColorEmoji.ttf (Debian: fonts-noto-color-emoji)")
     font = ImageFont.truetype(str(parser.parse_args().font), STRIKE)
     SPRITES.mkdir(exist_ok=True)
-    for subject in ALL_SUBJECTS:
+    for subject in FULL.all_subjects:
         cut_sprite(font, subject.glyph).save(SPRITES / f"{subject.name}.png", optimize=True)
 
 

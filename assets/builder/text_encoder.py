@@ -1,36 +1,61 @@
-"""Teach the starter's CLIPTextModel to read captions: subject, style and background from its last state.
+"""Teach the starter's CLIP text encoders to read captions: subject, style and background.
 
-Stable Diffusion's text encoder is trained before and apart from the UNet; so is this one. Its embeddings are
-then fixed.
+Stable Diffusion's text encoders are trained before and apart from the UNet; so are these. A readout names
+what a caption says from the very states that the pipeline hands to the UNet, and is thrown away.
 """
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from studio.assets.builder.captions import caption
-from studio.assets.builder.subjects import BACKGROUNDS, STYLES, SUBJECTS
-
-WIDTH = 128
-_LAYERS = 3
+from studio.assets.builder.subjects import Vocabulary
+from studio.assets.builder.training import Machine, Schedule, Training, train
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, *, seed: int = 0) -> CLIPTextModel:
+@dataclass(frozen=True)
+class TextSpec:
+    """Shape of one text encoder.
+
+    Attributes:
+        width: Channels of its states.
+        layers: Transformer layers.
+        heads: Attention heads.
+        projected: Whether it also gives a pooled embedding, as SDXL's second encoder does.
+    """
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    projected: bool = False
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, spec: TextSpec, *, seed: int = 0) -> PreTrainedModel:
     """Return an untrained text encoder for the tokenizer's vocabulary."""
     torch.manual_seed(seed)
-    return CLIPTextModel(
+    kind = CLIPTextModelWithProjection if spec.projected else CLIPTextModel
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=4,
+            hidden_size=spec.width,
+            intermediate_size=4 * spec.width,
+            num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads,
             max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=WIDTH,
+            projection_dim=spec.width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -38,10 +63,10 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, seed: int = 0) -> CLIPTextMode
     )
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Return ``[N, 77]`` token ids, as the diffusers pipelines make them."""
     ids: Tensor = tokenizer(
-        captions,
+        list(captions),
         padding="max_length",
         truncation=True,
         max_length=tokenizer.model_max_length,
@@ -50,74 +75,106 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-class _Readout(nn.Module):
-    """Linear heads that name what a caption says; thrown away after training."""
+def read(encoders: Sequence[PreTrainedModel], ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what a pipeline hands to the UNet: the states ``[N, 77, width]`` and the pooled embedding.
 
-    def __init__(self) -> None:
+    One encoder is read as Stable Diffusion 1.x does, from its last states; two as SDXL does, from their last
+    but one, side by side, with the second one's projection ``[N, width]`` as the pooled embedding.
+    """
+    if len(encoders) == 1:
+        return encoders[0](ids).last_hidden_state, None
+    answers = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+    states = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
+    return states, answers[-1].text_embeds
+
+
+class _Readout(nn.Module):
+    """Linear heads that name what states and pooled embeddings say."""
+
+    def __init__(self, specs: Sequence[TextSpec], vocabulary: Vocabulary) -> None:
         super().__init__()
+        counts = (len(vocabulary.subjects), len(vocabulary.styles), len(vocabulary.backgrounds))
+        # Each encoder learns to read by itself: adapters may train one of them alone.
+        self.widths = [spec.width for spec in specs]
+        widths = [*self.widths, *(spec.width for spec in specs if spec.projected)]
         self.heads = nn.ModuleList(
-            nn.Linear(WIDTH, count) for count in (len(SUBJECTS), len(STYLES), len(BACKGROUNDS))
+            nn.ModuleList(nn.Linear(width, count) for count in counts) for width in widths
         )
 
-    def forward(self, hidden: Tensor, ends: Tensor) -> list[Tensor]:
-        pooled = hidden[torch.arange(len(hidden)), ends]
-        return [head(pooled) for head in self.heads]
+    def forward(self, states: Tensor, pooled: Tensor | None, ends: Tensor) -> list[list[Tensor]]:
+        parts = list(states[torch.arange(len(states), device=states.device), ends].split(self.widths, -1))
+        if pooled is not None:
+            parts.append(pooled)
+        readers: list[Any] = list(self.heads)
+        return [[head(part) for head in heads] for heads, part in zip(readers, parts, strict=True)]
 
 
-def train_text_encoder(
-    model: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    *,
-    steps: int,
-    strangers: tuple[str, ...],
-    batch: int = 128,
-    rate: float = 1e-3,
-    seed: int = 0,
-) -> float:
-    """Train the encoder in place and return the share of fresh captions read right in all three respects."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    readout = _Readout()
-    # Plain matrix products: on CPUs the fused attention's backward is several times slower in bf16.
-    model.set_attn_implementation("eager")
-    parameters = [*model.parameters(), *readout.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+class _Readers(nn.Module):
+    """The encoders with their readout: what is trained."""
 
-    def examples(count: int) -> tuple[Tensor, Tensor]:
-        labels = [
-            (rng.randrange(len(SUBJECTS)), rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS)))
-            for _ in range(count)
-        ]
-        grounds = list(BACKGROUNDS)
-        texts = [caption(SUBJECTS[s], STYLES[t], grounds[b], rng, strangers=strangers) for s, t, b in labels]
-        return token_ids(tokenizer, texts), torch.tensor(labels)
+    def __init__(self, encoders: Sequence[PreTrainedModel], readout: _Readout, *, end: int) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.readout = readout
+        self.end = end
 
-    def read(ids: Tensor) -> list[Tensor]:
-        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            named: list[Tensor] = readout(model(ids).last_hidden_state, ends)
+    def forward(self, ids: Tensor) -> list[list[Tensor]]:
+        states, pooled = read(list(self.encoders), ids)
+        named: list[list[Tensor]] = self.readout(states, pooled, (ids == self.end).int().argmax(1))
         return named
 
-    progress = tqdm(range(steps), desc="text encoder", mininterval=5)
-    for step in progress:
-        ids, labels = examples(batch)
-        parts = [F.cross_entropy(logits.float(), labels[:, head]) for head, logits in enumerate(read(ids))]
-        loss = torch.stack(parts).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+
+def train_text_encoders(
+    encoders: Sequence[PreTrainedModel],
+    specs: Sequence[TextSpec],
+    tokenizer: CLIPTokenizer,
+    vocabulary: Vocabulary,
+    *,
+    schedule: Schedule,
+    machine: Machine,
+    state: Path,
+    strangers: tuple[str, ...],
+    batch: int = 128,
+    seed: int = 0,
+) -> tuple[Training, float]:
+    """Train the encoders in place; return the share of fresh captions that all of them read right."""
+    torch.manual_seed(seed)
+    for encoder in encoders:
+        # Plain matrix products: on CPUs the fused attention's backward is several times slower in bf16.
+        encoder.set_attn_implementation("eager")
+    readers = _Readers(encoders, _Readout(specs, vocabulary), end=tokenizer.eos_token_id)
+    readers.to(machine.torch_device)
+    grounds = list(vocabulary.backgrounds)
+
+    def examples(count: int, number: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(seed * 1_000_003 + number)
+        sizes = (len(vocabulary.subjects), len(vocabulary.styles), len(grounds))
+        labels = [tuple(rng.randrange(size) for size in sizes) for _ in range(count)]
+        texts = [
+            caption(vocabulary.subjects[s], vocabulary.styles[t], grounds[b], rng, strangers=strangers)
+            for s, t, b in labels
+        ]
+        device = machine.torch_device
+        return token_ids(tokenizer, texts).to(device), torch.tensor(labels, device=device)
+
+    def named(ids: Tensor) -> list[list[Tensor]]:
+        with machine.autocast():
+            logits: list[list[Tensor]] = readers(ids)
+        return [[head.float() for head in heads] for heads in logits]
+
+    def loss_at(step: int) -> Tensor:
+        ids, labels = examples(batch, step)
+        losses = [
+            F.cross_entropy(head, labels[:, column])
+            for heads in named(ids)
+            for column, head in enumerate(heads)
+        ]
+        return torch.stack(losses).sum()
+
+    training = train(readers, loss_at, schedule=schedule, machine=machine, state=state, name="text encoders")
     with torch.no_grad():
-        ids, labels = examples(1024)
-        right = torch.stack([logits.argmax(1) == labels[:, head] for head, logits in enumerate(read(ids))])
-    return float(right.all(0).float().mean())
-
-
-@torch.no_grad()
-def embed(model: CLIPTextModel, ids: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return the last hidden states ``[N, 77, WIDTH]`` of many captions."""
-    return torch.cat([model(chunk).last_hidden_state.to(dtype) for chunk in ids.split(256)])
+        ids, labels = examples(1024, -1)
+        right = [
+            head.argmax(1) == labels[:, column] for heads in named(ids) for column, head in enumerate(heads)
+        ]
+    return training, float(torch.stack(right).all(0).float().mean())

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 from studio.assets.builder.captions import caption
-from studio.assets.builder.subjects import BACKGROUNDS, HELD_OUT_SUBJECTS, STYLES, SUBJECTS
+from studio.assets.builder.subjects import SHIPPED, Vocabulary
 
 VOCABULARY = 8192
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -18,15 +18,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def caption_texts() -> list[str]:
-    """Return captions of every subject in every style on every background, each worded in eight ways."""
+def caption_texts(vocabulary: Vocabulary = SHIPPED) -> list[str]:
+    """Return captions of every subject in every style on every background, each worded in eight ways.
+
+    Held-out subjects have words too: an adapter's prompt names what it shows.
+    """
     rng = random.Random(0)
     return [
         caption(subject, style, ground, rng)
         for _ in range(8)
-        for subject in SUBJECTS + HELD_OUT_SUBJECTS
-        for style in STYLES
-        for ground in BACKGROUNDS
+        for subject in vocabulary.all_subjects
+        for style in vocabulary.styles
+        for ground in vocabulary.backgrounds
     ]
 
 
@@ -35,14 +38,14 @@ def prose_texts() -> list[str]:
     return [re.sub(r"[^A-Za-z' .,]+", " ", text) for text in pydoc_data.topics.topics.values()]
 
 
-def stranger_words(count: int) -> tuple[str, ...]:
+def stranger_words(count: int, vocabulary: Vocabulary = SHIPPED) -> tuple[str, ...]:
     """Return words of the prose that name nothing in the captions, as stand-ins for unknown words."""
-    known = {word for text in caption_texts() for word in text.split()}
+    known = {word for text in caption_texts(vocabulary) for word in text.split()}
     words = sorted({w for text in prose_texts() for w in re.findall(r"[a-z]{3,9}", text)} - known)
     return tuple(random.Random(0).sample(words, min(count, len(words))))
 
 
-def train_tokenizer() -> CLIPTokenizer:
+def train_tokenizer(vocabulary: Vocabulary = SHIPPED) -> CLIPTokenizer:
     """Return a trained ``CLIPTokenizer`` with 77 positions."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -59,7 +62,7 @@ def train_tokenizer() -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(caption_texts() + prose_texts(), trainer)
+    bpe.train_from_iterator(caption_texts(vocabulary) + prose_texts(), trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt["merges"]]
     entries = letters + [letter + "</w>" for letter in letters]
@@ -72,8 +75,8 @@ def train_tokenizer() -> CLIPTokenizer:
         if left + right not in seen:
             seen.add(left + right)
             entries.append(left + right)
-    vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}
-    return CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=77)
+    numbered = {entry: index for index, entry in enumerate([*entries, START, END])}
+    return CLIPTokenizer(vocab=numbered, merges=kept, model_max_length=77)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -9,21 +9,34 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from studio.assets.builder.card import listed_hashes
 from studio.assets.builder.evaluator import FOLDER, judge, load_evaluator, measure
+from studio.assets.builder.publish import hashes
 from studio.assets.builder.render import render
 from studio.assets.builder.subjects import ALL_STYLES, HELD_OUT_SUBJECTS
 
+ASSETS = Path(str(files("studio.assets")))
 STARTER = Path(str(files("studio.assets") / "starter"))
+
+
+SHIPPED_STARTERS = sorted(path.parent for path in ASSETS.glob("starter*/model_index.json"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED_STARTERS, ids=lambda folder: folder.name)
+def test_the_shipped_files_are_those_of_the_card(folder: Path) -> None:
+    assert listed_hashes((folder / "README.md").read_text()) == hashes(folder)
+
+
+@pytest.mark.parametrize("folder", SHIPPED_STARTERS, ids=lambda folder: folder.name)
+def test_a_starter_is_light_and_holds_no_pickles(folder: Path) -> None:
+    limit = {"starter": 40_000_000, "starter-xl": 80_000_000}[folder.name]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= limit
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
 
 
 @pytest.fixture(scope="module")
 def starter() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(STARTER, torch_dtype=torch.float32)
-
-
-def test_the_starter_weighs_at_most_40_megabytes() -> None:
-    assert sum(path.stat().st_size for path in STARTER.rglob("*") if path.is_file()) <= 40_000_000
-    assert not [path for path in STARTER.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
 
 
 def test_the_starter_is_made_of_stable_diffusion_1_classes(starter: StableDiffusionPipeline) -> None:
