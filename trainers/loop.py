@@ -20,7 +20,7 @@ from studio.data.report import report
 from studio.errors import TrainingError
 from studio.models.architecture import architecture
 from studio.registry import FORMATS, TRAINERS
-from studio.specs.events import Event, OnEvent
+from studio.specs.events import Event, OnEvent, silent
 from studio.specs.train import TrainSpec
 from studio.trainers.base import Trainer
 from studio.trainers.borrow import borrowed, converted
@@ -51,7 +51,7 @@ def train(
     pipe: DiffusionPipeline,
     spec: TrainSpec,
     *,
-    on_event: OnEvent = lambda event: None,
+    on_event: OnEvent = silent,
     stop: Callable[[], bool] = lambda: False,
     sample: SampleFunction | None = None,
 ) -> Adapter:
@@ -79,7 +79,7 @@ def train(
         material = _material(
             pipe, spec, processes.own(device, asked=spec.device), can_sample=sample is not None
         )
-        job, saved = _begun(pipe, spec, material, processes, on_event if processes.main else _nobody, sample)
+        job, saved = _begun(pipe, spec, material, processes, on_event if processes.main else silent, sample)
         dtype = weight_dtype(pipe, material.device, material.precision)
         with (
             own_random_state(material.device),
@@ -270,10 +270,6 @@ def _recorded(folder: RunFolder, on_event: OnEvent) -> OnEvent:
         on_event(event)
 
     return tell
-
-
-def _nobody(_: Event) -> None:
-    """Take an event that another process tells of."""
 
 
 def _check_adapter(trainer: Trainer, job: Job) -> None:

@@ -26,6 +26,7 @@ from studio.merging.report import MergeReport, report_of
 from studio.models.base import load_base
 from studio.models.device import resolve_dtype
 from studio.specs import AdapterUse, Event, MergeSpec, OnEvent, adapter_names
+from studio.specs.events import silent
 
 # Without a base, the kernel of other kinds is not known, or their changes depend on its weights.
 _WITHOUT_BASE = (LoraChange, FullChange, SparseChange)
@@ -59,7 +60,7 @@ def merge(spec: MergeSpec, *, on_event: OnEvent | None = None) -> MergeResult:
         CompositionError: If two adapters bring the same token.
         OutputError: If a file exists or cannot be written.
     """
-    tell = on_event or _nobody
+    tell = on_event or silent
     _check_outputs(spec)
     pipe = load_base(spec.base, device="cpu", precision="fp32") if spec.base else None
     names = adapter_names(spec.adapters)
@@ -146,7 +147,3 @@ def _draw(report: MergeReport, path: Path) -> None:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}. Choose another place."
         ) from None
-
-
-def _nobody(_: Event) -> None:
-    """Take an event that nobody asked for."""

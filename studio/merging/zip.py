@@ -41,6 +41,7 @@ from studio.merging.outputs import described, inherited_facts, write_with_tokens
 from studio.models.prompts import check_prompt
 from studio.registry import MERGERS
 from studio.specs import Event, OnEvent, ZipSpec
+from studio.specs.events import silent
 from studio.trainers.step import Batch, Latents, NoiseSchedule, Prompts
 
 CONTENT, STYLE = "content", "style"
@@ -91,7 +92,7 @@ def zip_adapters(
         TrainingError: If it is stopped before the first step.
     """
     start = time.monotonic()
-    tell, stop = on_event or _nobody, stop or (lambda: False)
+    tell, stop = on_event or silent, stop or (lambda: False)
     check_target(spec.output, overwrite=spec.overwrite)
     pipe = cached_base(spec.base, spec.device, spec.precision)
     uses = {CONTENT: spec.content, STYLE: spec.style}
@@ -297,7 +298,3 @@ def _recipe(spec: ZipSpec, steps: int) -> str:
     given = {side: bool(getattr(spec, f"{side}_data")) for side in _SIDES}
     facts = {"adapters": described({CONTENT: spec.content, STYLE: spec.style}), "own_pictures": given}
     return json.dumps({**settings, **facts, "steps": steps}, sort_keys=True)
-
-
-def _nobody(_: Event) -> None:
-    """Take an event that nobody asked for."""
