@@ -1,4 +1,4 @@
-"""A durable queue of jobs, trainings, drawings and plans: the page puts them in, a worker takes them out.
+"""A durable queue of jobs, such as trainings and drawings: the page puts them in, a worker takes them out.
 
 Everything is in one SQLite file, so a page that is loaded again sees what it saw before. A job is ``queued``,
 then ``running``, then ``done``, ``failed``, ``cancelled`` or ``interrupted`` (its worker died).
@@ -21,7 +21,7 @@ from studio.workspace import Workspace, inside_workspace, workspace
 
 __all__ = ["Job", "JobStore", "Kind", "Reported", "State", "Workspace", "inside_workspace", "workspace"]
 
-Kind = Literal["train", "generate", "plan"]
+Kind = Literal["train", "generate", "plan", "compare"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 
 SCHEMA = """

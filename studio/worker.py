@@ -21,7 +21,7 @@ from typing import Any
 from studio.errors import StudioError
 from studio.jobs import Job, JobStore, Kind
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
-from studio.specs.composing import PlanSpec
+from studio.specs.composing import CompareSpec, PlanSpec
 from studio.workspace import Workspace, workspace
 
 HEARTBEAT_SECONDS = 0.5
@@ -49,6 +49,7 @@ SORTS: Mapping[Kind, Sort] = {
     "train": Sort(TrainSpec, "output", {"resume": True, "overwrite": True}),
     "generate": Sort(GenerateSpec, "output", {"overwrite": True}),
     "plan": Sort(PlanSpec, "picture", {"overwrite": True}),
+    "compare": Sort(CompareSpec, "grid", {"overwrite": True}),
 }
 
 
@@ -116,6 +117,10 @@ def _carry_out(kind: Kind) -> Callable[..., Any]:
 
         # Done before anybody could stop it.
         return lambda spec, *, on_event, stop: show_plan(spec, on_event=on_event)
+    if kind == "compare":
+        from studio.composing.compare import compare
+
+        return compare
     from studio import api
 
     return api.train if kind == "train" else api.generate

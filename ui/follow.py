@@ -23,6 +23,8 @@ _TITLES = {
     ("generate", "done"): "Done",
     ("plan", "running"): "Planning",
     ("plan", "done"): "Plan",
+    ("compare", "running"): "Comparing",
+    ("compare", "done"): "Compared",
 }
 _STATES = {"queued": "Waiting", "failed": "Failed", "cancelled": "Stopped", "interrupted": "Interrupted"}
 

@@ -3,6 +3,7 @@
 A field added to a specification, or an option of a new method, appears in the page without a line of its own.
 """
 
+import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Form:
         self.start = start
         self.fields: list[Field] = []
         self._groups: dict[str, list[Any]] = {}
+        self._about: Any = None
 
     @property
     def components(self) -> list[Any]:
@@ -133,6 +135,11 @@ class Form:
                     self._place(options, name, method, {"min_width": min_width} | looks)
             self._groups.setdefault(method, []).append(group)
 
+    def add_about(self) -> None:
+        """Place a line that says what the chosen method does."""
+        method = self.start.get("method", self.spec_type.model_fields["method"].default)
+        self._about = gr.HTML(self._described(method), elem_classes="about")
+
     def show_with(self, method: str, group: Any) -> None:
         """Show another part of the page while a method is chosen."""
         self._groups.setdefault(method, []).append(group)
@@ -141,11 +148,15 @@ class Form:
         """Show the options of the method that is chosen; call once, after all fields have their place."""
         method = next(field.component for field in self.fields if field.name == "method")
         groups = [(name, group) for name, groups in self._groups.items() for group in groups]
-        if groups:
+        about = [self._about] if self._about else []
+        if groups or about:
             method.change(
-                lambda chosen: _one_or_all([gr.update(visible=name == chosen) for name, _ in groups]),
+                lambda chosen: _one_or_all(
+                    [gr.update(visible=name == chosen) for name, _ in groups]
+                    + [self._described(chosen) for _ in about]
+                ),
                 inputs=method,
-                outputs=[group for _, group in groups],
+                outputs=[*(group for _, group in groups), *about],
                 show_progress="hidden",
                 api_visibility="private",
             )
@@ -172,6 +183,9 @@ class Form:
             for field in self.fields
         ]
 
+    def _described(self, method: str) -> str:
+        return html.escape(described(self.spec_type.registry[method]))
+
     def _place(self, model: type[BaseModel], name: str, method: str | None, looks: Mapping[str, Any]) -> Any:
         schema = _schema(model, name) or {}
         shown = dict(schema, default=self.start.get(name, schema.get("default")))
@@ -188,6 +202,11 @@ def field_of(options: type[BaseModel], name: str) -> Field:
     layout = _LAYOUTS.get(schema.get("type", ""), "plain")
     component = _component(name, schema, None, {})
     return Field(name, None, bool(schema.get("nullable")), layout, component)
+
+
+def described(member: Any) -> str:
+    """Return the first line of what a member of a registry says about itself."""
+    return (member.__doc__ or "").strip().partition("\n")[0].replace("``", "`")
 
 
 def folded(heading: str) -> Any:

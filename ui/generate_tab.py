@@ -11,6 +11,7 @@ from studio.composing.document import read_composition, write_composition
 from studio.errors import StudioError, UsageError
 from studio.png import read_spec
 from studio.specs import AdapterUse, CompositionSpec, GenerateSpec, adapter_names, parse_spec
+from studio.ui.compare import CompareView
 from studio.ui.follow import Follower, Story, notice
 from studio.ui.forms import Form, Values
 from studio.ui.modifiers import ModifierFields
@@ -19,6 +20,7 @@ from studio.ui.pictures import unique
 from studio.ui.plan import PlanView
 from studio.ui.regions import METHOD as BY_REGIONS
 from studio.ui.regions import RegionFields
+from studio.ui.sketches import Sketch
 from studio.workspace import Workspace
 
 START: Values = {"prompt": "a photo of a fox on a blue background", "count": 4}
@@ -41,7 +43,9 @@ class GenerateTab:
         self.modifiers = ModifierFields()
         self.regions = RegionFields(space, MAX_ADAPTERS)
         self.panel = Panel("generate", follower, trouble, idle=IDLE)
+        self.compare = CompareView(space, follower, trouble)
         self.plan = PlanView(space, follower, trouble)
+        self.sketches: tuple[Sketch, ...] = (self.compare, self.plan)
 
     def layout(self) -> None:
         """Place all components."""
@@ -52,34 +56,24 @@ class GenerateTab:
                 self.panel.buttons("Generate")
                 self.panel.state()
                 self.panel.pictures("Pictures", columns=4)
-                self.drop = gr.File(
-                    label="Restore settings from a picture made here, or load a composition",
-                    file_types=[".png", ".toml"],
-                    height=140,
-                    elem_id="generate-drop",
-                )
-                with gr.Row(elem_classes="buttons"):
-                    self.save = gr.Button("Save composition", elem_id="generate-save")
-                    self.saved = gr.File(
-                        label="Composition",
-                        visible=False,
-                        interactive=False,
-                        height=60,
-                        elem_id="generate-saved",
-                    )
-                self.plan.layout()
                 self.panel.report("Messages")
+                for sketch in self.sketches:
+                    sketch.layout()
+                with gr.Accordion("Save or restore settings", open=False, elem_id="settings"):
+                    self._settings()
         self.form.follow_method()
 
     def wire(self, timer: gr.Timer) -> None:
         """Connect components with what they do."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self.panel.wire(timer, self.request, self.request_inputs)
-        self.plan.wire(timer, self.request, self.request_inputs)
+        for sketch in self.sketches:
+            sketch.wire(timer, self.request, self.request_inputs)
+        self.regions.wire()
         self.chosen.input(
             self._choose,
-            inputs=[self.chosen, self.named, *self.sliders, *self.regions.canvases],
-            outputs=[self.named, *self.sliders, *self.regions.canvases],
+            inputs=[self.chosen, self.named, *self.sliders, *self.regions.masks],
+            outputs=[self.named, *self.sliders, *self.regions.outputs],
             **quiet,
         )
         self.add.upload(
@@ -137,14 +131,14 @@ class GenerateTab:
             *self.sliders,
             *self.modifiers.components,
             *self.form.components,
-            *self.regions.canvases,
+            *self.regions.masks,
         ]
 
     @property
     def request_outputs(self) -> list[Any]:
         """What ``show`` returns updates for."""
         expected, chosen, *others = self.request_inputs
-        return [expected, chosen, self.named, *others]
+        return [expected, chosen, self.named, *others, *self.regions.takers]
 
     def show(self, request: Values) -> list[Any]:
         """Return the form filled with a request; adapters outside the workspace are left out."""
@@ -164,19 +158,34 @@ class GenerateTab:
     @property
     def restored(self) -> list[Any]:
         """What ``restore`` returns updates for."""
-        return [*self.request_outputs, *self.panel.outputs, *self.plan.panel.outputs]
+        panels = [self.panel, *(sketch.panel for sketch in self.sketches)]
+        return [*self.request_outputs, *(output for panel in panels for output in panel.outputs)]
 
     def restore(self) -> list[Any]:
         """Return everything as the newest job left it, for a page that was just loaded."""
         story = self.follower.latest("generate")
         request = story.job.spec if story else {}
-        return [*self.show(request), *self.panel.refresh({}), *self.plan.panel.refresh({})]
+        panels = [self.panel, *(sketch.panel for sketch in self.sketches)]
+        return [*self.show(request), *(update for panel in panels for update in panel.refresh({}))]
 
     def adapter_names(self) -> list[str]:
         """Return the workspace's adapters, the newest first, by their path below its folder of adapters."""
         files = [path for path in self.space.adapters.rglob("*.safetensors") if path.is_file()]
         files.sort(key=lambda path: (-path.stat().st_mtime, path.name))
         return [path.relative_to(self.space.adapters).as_posix() for path in files]
+
+    def _settings(self) -> None:
+        self.drop = gr.File(
+            label="A picture made here, or a composition (.toml): fills the form as it was",
+            file_types=[".png", ".toml"],
+            height=140,
+            elem_id="generate-drop",
+        )
+        with gr.Row(elem_classes="buttons"):
+            self.save = gr.Button("Save as a composition", elem_id="generate-save")
+            self.saved = gr.File(
+                label="Composition", visible=False, interactive=False, height=60, elem_id="generate-saved"
+            )
 
     def _fields(self) -> None:
         form = self.form
@@ -210,9 +219,11 @@ class GenerateTab:
         )
         with gr.Row(elem_classes="fields"):
             form.add("base", info=None, elem_id="generate-base", scale=2, min_width=150)
-            form.add("method", info=None, min_width=150)
+            form.add("method", info=None, min_width=150, elem_id="generate-method")
+        form.add_about()
         form.show_with(BY_REGIONS, self.regions.layout())
-        form.add_options()
+        with gr.Accordion("Options of the method", open=False, elem_id="generate-options"):
+            form.add_options()
         with gr.Row(elem_classes="fields"):
             form.add("seed", elem_id="generate-seed", info=None, min_width=100)
             form.add("count", elem_id="generate-count", info=None, min_width=100)
@@ -240,7 +251,9 @@ class GenerateTab:
         """Return what is painted, as option ``regions`` wants it."""
         masks = self.regions.read(_option_names(uses), painted)
         if not masks:
-            raise UsageError("nothing is painted. Choose an adapter and paint where in the picture it acts.")
+            raise UsageError(
+                "no adapter has a region. Choose adapters; drop a mask for each, or paint one and press Use."
+            )
         return masks
 
     def _mask_files(self, request: Values, names: Sequence[str]) -> list[str | None]:

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from studio.registry import MODIFIERS
-from studio.ui.forms import Field, Values, field_of, label
+from studio.ui.forms import Field, Values, described, field_of, label
 
 
 class ModifierFields:
@@ -32,9 +32,8 @@ class ModifierFields:
         """Place a box for each modifier and, below it, its options, seen while it is ticked."""
         for name in MODIFIERS.names():
             kind = MODIFIERS[name]
-            about = (kind.__doc__ or "").strip().partition("\n")[0].replace("``", "`")
             self.boxes[name] = box = gr.Checkbox(
-                False, label=label(name.replace("-", "_")), info=about, elem_id=f"modifier-{name}"
+                False, label=label(name.replace("-", "_")), info=described(kind), elem_id=f"modifier-{name}"
             )
             with gr.Row(visible=False, elem_classes="fields") as group:
                 self.fields[name] = [field_of(kind.Options, option) for option in kind.Options.model_fields]

@@ -1,9 +1,11 @@
 """The live part of a tab: what the newest job of its kind is doing, polled from the queue.
 
-Nothing of it is kept in the browser, so a page that is loaded again shows the same. Each part carries a mark
-of what it shows and is sent again only when the mark changes.
+A page that is loaded again shows the same. Each part carries a mark of what it shows and is sent again only
+when the mark changes. The marks lie in the browser and come with what they are marks of: answers to a click
+and to the clock may arrive in any order, and what was shown last is what the next is compared with.
 """
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from studio.errors import StudioError
 from studio.jobs import Kind
 from studio.ui.follow import Follower, Story, notice, status
 
-Seen = dict[str, Hashable]
+Seen = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Panel:
 
     def buttons(self, start: str) -> None:
         """Place Start, Stop and the line for messages about the form."""
-        self.seen = gr.State({})
+        self.seen = gr.JSON({}, visible=False)
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button(start, variant="primary", elem_id=f"{self.kind}-start", scale=3)
             self.stop = gr.Button("Stop", elem_id=f"{self.kind}-stop", interactive=False, scale=1)
@@ -70,13 +72,19 @@ class Panel:
             height="auto",
             object_fit="contain",
             interactive=False,
+            visible=False,
             elem_id=f"{self.kind}-pictures",
         )
 
         def paths(story: Story | None) -> tuple[tuple[str, str], ...]:
             return tuple(story.shown_pictures()) if story else ()
 
-        self.follow("pictures", gallery, paths, lambda story: list(paths(story)))
+        self.follow(
+            "pictures",
+            gallery,
+            paths,
+            lambda story: gr.update(value=list(paths(story)), visible=bool(paths(story))),
+        )
         return gallery
 
     def report(self, label: str) -> None:
@@ -105,13 +113,13 @@ class Panel:
         return [self.seen, *(part.component for part in self.parts.values())]
 
     def refresh(self, seen: Seen) -> list[Any]:
-        """Return updates of the parts whose mark is another than the one seen."""
+        """Return the marks and updates of the parts whose mark is another than the one seen."""
         story = self.follower.latest(self.kind)
-        marks = {name: part.mark(story) for name, part in self.parts.items()}
+        marks = {name: _digest(story, part.mark(story)) for name, part in self.parts.items()}
         return [
-            marks,
+            gr.skip() if seen == marks else marks,
             *(
-                gr.skip() if name in seen and seen[name] == marks[name] else part.show(story)
+                gr.skip() if seen.get(name) == marks[name] else part.show(story)
                 for name, part in self.parts.items()
             ),
         ]
@@ -160,9 +168,20 @@ class Panel:
         note = ""
         if story.job.state == "queued":
             ahead = self.follower.ahead(story.job)
-            what = {"train": "a training", "generate": "a drawing", "plan": "a plan"}
+            what = {
+                "train": "a training",
+                "generate": "a drawing",
+                "plan": "a plan",
+                "compare": "a comparison",
+            }
             note = f"It starts after {what[ahead.kind]} that is running." if ahead else self.trouble()
         return status(story, note=note)
+
+
+def _digest(story: Story | None, mark: Hashable) -> str:
+    """Return a mark in few letters, another for each job: a part may have shown other things between two."""
+    job = (story.job.id, story.job.attempt) if story else None
+    return hashlib.blake2s(repr((job, mark)).encode(), digest_size=8).hexdigest()
 
 
 def existing(path: Path | None) -> str | None:

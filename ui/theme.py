@@ -21,13 +21,18 @@ h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-sub
 .fields .block > .container { display: flex; flex-direction: column; height: 100%; }
 .fields .block > .container > :last-child { margin-top: auto; }
 .fields input[type=number] { height: 38px; }
+.sliders input[type=number] { height: auto; }
+.about { font-size: .8rem; color: var(--body-text-color-subdued); }
 .folded { border-width: 0 0 1px !important; border-radius: 0 !important; padding-inline: 0 !important; }
 .folded:last-child { border-bottom: 0 !important; }
 .fields .block:has(> label > input[type=checkbox], input[type=checkbox]) {
   min-width: min(170px, 100%) !important; }
 .sliders:not(:has(input)) { display: none; }
-.regions :is(button[aria-label=Pan], button[aria-label^=Zoom], .zoom-number, .separator) {
-  display: none !important; }
+#paint-canvas canvas { background: black; border-radius: 6px; touch-action: none; cursor: crosshair;
+  width: min(100%, 300px); aspect-ratio: 1; display: block; margin-bottom: 8px; }
+#paint-canvas label { display: inline-flex; gap: 8px; align-items: center; margin-right: 16px; }
+#paint-canvas button { font-size: .8rem; font-weight: 400; padding: 4px 12px; border-radius: 4px;
+  background: var(--button-secondary-background-fill); text-decoration: none; }
 .form > .block, .form { background: transparent; box-shadow: none; border: none !important; }
 .form > .block { padding: 0 !important; }
 .adapters { align-items: end; gap: 12px; }

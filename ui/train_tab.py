@@ -174,21 +174,23 @@ class TrainTab:
         panel = self.panel
         panel.buttons("Train")
         panel.state()
-        # Gradio's own label and legend push the axis out of the plot's frame.
-        gr.HTML("<h2>Loss<small>: each step in grey, smoothed in blue</small></h2>")
-        chart = gr.LinePlot(
-            x="step",
-            y="loss",
-            color="curve",
-            color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6"},
-            x_title="step",
-            y_title="loss",
-            colors_in_legend=[],
-            height=300,
-            show_label=False,
-            tooltip="axis",
-            elem_id="train-chart",
-        )
+        with gr.Column(visible=False) as losses:
+            # Gradio's own label and legend push the axis out of the plot's frame.
+            gr.HTML("<h2>Loss<small>: each step in grey, smoothed in blue</small></h2>")
+            chart = gr.LinePlot(
+                x="step",
+                y="loss",
+                color="curve",
+                color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6"},
+                x_title="step",
+                y_title="loss",
+                colors_in_legend=[],
+                height=300,
+                show_label=False,
+                tooltip="axis",
+                elem_id="train-chart",
+            )
+        panel.follow("losses", losses, _learnt, lambda story: gr.update(visible=_learnt(story)))
         panel.follow(
             "chart",
             chart,
@@ -240,6 +242,10 @@ def _preset_values(names: list[str]) -> Values:
     values |= values.pop("options")
     touched = {name for each in presets() for name in preset(each)}
     return {name: value for name, value in values.items() if name in touched}
+
+
+def _learnt(story: Story | None) -> bool:
+    return story is not None and bool(story.losses)
 
 
 def _adapter(story: Story | None) -> str | None:

@@ -197,7 +197,9 @@ def _naturals(values: Any) -> bool:
 
 def _shown(text: str) -> str:
     """Return text of a stranger in a form that fits one line of a message."""
-    plain = "".join(character if character.isprintable() else "?" for character in text)
+    plain = text
+    if not text.isprintable():
+        plain = "".join(character if character.isprintable() else "?" for character in text)
     return plain if len(plain) <= 120 else f"{plain[:117]}..."
 
 

@@ -198,6 +198,7 @@ def test_a_user_trains_draws_reloads_and_restores(
     _screenshot(page, "6-loaded-again")
 
     _fill(page, "generate-seed", "99")
+    page.locator("#settings button").first.click()
     picture = next((home / "pictures").glob("*/*-8.png"))
     page.locator("#generate-drop input[type=file]").set_input_files(str(picture))
     expect(page.locator("#generate-seed input")).to_have_value("8")

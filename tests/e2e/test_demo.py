@@ -37,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Ite
 
 def _hits(adapters: dict[str | Path, float]) -> float:
     """Return the share of pictures in which the evaluator finds the subject."""
-    drawn = generate_batch(PROMPTS, seeds=range(100, 103), adapters=adapters, batch_size=9, steps=12)
+    drawn = generate_batch(PROMPTS, seeds=range(100, 102), adapters=adapters, batch_size=12, steps=12)
     verdicts = judge([result.image for result in drawn])
     return sum(verdict.subject == SUBJECT for verdict in verdicts) / len(verdicts)
 

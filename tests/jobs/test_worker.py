@@ -217,6 +217,16 @@ def test_a_retry_draws_over_what_the_first_attempt_drew(
     assert attempt(worker, first.id).state == "done"
 
 
+def test_a_comparison_is_drawn_into_the_workspace(worker: Worker, space: Workspace, base: Path) -> None:
+    grid = space.pictures / "compare" / "compare.png"
+    request = {"base": str(base), "prompt": "a fox", "steps": 1, "methods": ["merge"], "grid": str(grid)}
+    done = run(worker, "compare", request)
+    assert (done.state, done.message) == ("done", "")
+    assert grid.is_file() and grid.with_suffix(".json").is_file()
+    outside = run(worker, "compare", {**request, "grid": str(space.root.parent / "grid.png")})
+    assert outside.state == "failed" and "outside the workspace" in outside.message
+
+
 @pytest.fixture
 def attached(space: Workspace) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-P", "-m", "studio.worker", "--attached", "--home", str(space.root)]

@@ -17,6 +17,12 @@ from studio.trainers.validation import Validation
 Spec = Callable[..., TrainSpec]
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure on few draws: their number settles how sure a loss is, and nothing that is tested here."""
+    monkeypatch.setattr("studio.trainers.run.DRAWS", 4)
+
+
 def measured(events: list[Event]) -> dict[int, float]:
     return {
         event.step: event.values["validation_loss"] for event in events if "validation_loss" in event.values

@@ -17,8 +17,8 @@ from studio.errors import DataError, OutputError, SpecError, UsageError
 from studio.jobs import JobStore
 from studio.png import Facts, write_png
 from studio.registry import MODIFIERS
-from studio.specs import AdapterUse, Event, GenerateSpec, parse_spec
-from studio.specs.composing import PlanSpec
+from studio.specs import AdapterUse, GenerateSpec, parse_spec
+from studio.specs.composing import CompareSpec, PlanSpec
 from studio.ui.app import build, serve
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
@@ -190,6 +190,36 @@ def test_a_part_is_sent_again_only_when_it_changed(train: TrainTab, space: Works
     _, *changed = train.panel.refresh(marks)
     names = [name for name, update in zip(train.panel.parts, changed, strict=True) if update != gr.skip()]
     assert names == ["stop", "again", "status"]
+
+
+def test_answers_that_overtake_each_other_are_mended_by_the_next(train: TrainTab, space: Workspace) -> None:
+    """The clock's answer about the end of a job may be shown before the one to the click that began it."""
+    idle, *_ = train.panel.refresh({})
+    store = train.follower.store
+    store.submit("train", train.request(str(space.uploads), "dog", *filled(train)))
+    late, *_ = train.panel.refresh(idle)
+    store.cancel(1)
+    ended, *updates = train.panel.refresh(late)
+    names = [name for name, update in zip(train.panel.parts, updates, strict=True) if update != gr.skip()]
+    assert {"stop", "status"} <= set(names)
+    unmoved, *_ = train.panel.refresh(ended)
+    assert unmoved == gr.skip(), "marks that say nothing new replace none"
+    _, *missed = train.panel.refresh(idle)
+    stop = dict(zip(train.panel.parts, missed, strict=True))["stop"]
+    assert stop["interactive"] is False, "idle before and after, but not in between"
+
+
+def test_the_chosen_method_is_explained(generate: GenerateTab) -> None:
+    about = generate.form._about
+    assert about.value.startswith("Add the adapters")
+    assert generate.form._described("klora").startswith("Let one adapter act on each layer")
+
+
+def test_nothing_empty_is_shown_before_there_is_something(train: TrainTab) -> None:
+    hidden = {"losses", "pictures"}
+    _, *updates = train.panel.refresh({})
+    shown = dict(zip(train.panel.parts, updates, strict=True))
+    assert [shown[name]["visible"] for name in hidden] == [False, False]
 
 
 def test_new_adapters_appear_in_the_list_by_themselves(generate: GenerateTab, space: Workspace) -> None:
@@ -381,7 +411,24 @@ def test_the_plan_of_what_the_form_composes_can_be_asked_for(generate: GenerateT
     number = generate.follower.store.submit("plan", asked)
     spec.picture.parent.mkdir()
     Image.new("RGB", (8, 8)).save(spec.picture)
-    generate.follower.store.report(number, Event(kind="picture", path=spec.picture))
+    assert generate.plan._drawn(generate.follower.latest("plan")) == "", "not before the job has ended"
+    generate.follower.store.claim("a")
+    generate.follower.store.finish(number, "a")
     _, *updates = generate.plan.panel.refresh({})
     shown = dict(zip(generate.plan.panel.parts, updates, strict=True))["picture"]
     assert (shown["value"], shown["visible"]) == (str(spec.picture), True)
+
+
+def test_methods_are_compared_on_what_the_form_composes(generate: GenerateTab, space: Workspace) -> None:
+    (space.adapters / "a.safetensors").write_bytes(b"")
+    fields = filled(generate, method="switch", switch_every=3, steps=12, seed=5, count=2, prompt="a fox")
+    request = generate.request({}, ["a.safetensors"], *weights(0.25), *fields)
+    spec = parse_spec(CompareSpec, generate.compare.asked(request, ["switch", "merge"]))
+    assert (spec.methods, spec.seeds, spec.prompt, spec.steps) == (("switch", "merge"), (5, 6), "a fox", 12)
+    assert list(spec.method_options) == ["switch"]
+    assert spec.method_options["switch"].switch_every == 3  # type: ignore[attr-defined]
+    assert [use.weight for use in spec.adapters] == [0.25] and spec.grid.is_relative_to(space.pictures)
+    others = parse_spec(CompareSpec, generate.compare.asked(request, ["merge"]))
+    assert others.method_options == {}
+    with pytest.raises(UsageError, match="choose at least one"):
+        generate.compare.asked(request, [])

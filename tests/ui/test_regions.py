@@ -1,5 +1,7 @@
-"""Regions on the page: what is painted for an adapter becomes its mask, and comes back."""
+"""Regions on the page: what is dropped or painted for an adapter becomes its mask, and comes back."""
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,11 @@ import pytest
 from PIL import Image
 
 from studio.composition.masks import read_masks
-from studio.errors import UsageError
+from studio.errors import DataError, UsageError
 from studio.jobs import JobStore
 from studio.specs import GenerateSpec, parse_spec
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import MAX_ADAPTERS, GenerateTab
-from studio.ui.regions import mask_of
 from studio.workspace import Workspace, workspace
 
 CHOSEN = ["fox.safetensors", "sub/owl.safetensors"]
@@ -37,63 +38,88 @@ def tab(space: Workspace) -> GenerateTab:
     return tab
 
 
-def painted(left: int, right: int) -> dict[str, Any]:
-    """Return a canvas of 8 x 8 on which some columns are painted."""
-    layer = np.zeros((8, 8, 4), dtype=np.uint8)
-    layer[:, left:right] = (165, 180, 252, 255)
-    return {"background": Image.new("RGBA", (8, 8), "black"), "layers": [Image.fromarray(layer)]}
+def mask(space: Workspace, left: int, right: int) -> str:
+    """Write a mask of 8 x 8, white in some columns, and return its path."""
+    pixels = np.zeros((8, 8), dtype=np.uint8)
+    pixels[:, left:right] = 255
+    path = space.uploads / f"{left}-{right}.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)
 
 
-def requested(tab: GenerateTab, canvases: list[Any], **changed: Any) -> Any:
+def data_url(picture: Image.Image) -> str:
+    """Return a picture as the canvas gives it away."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def requested(tab: GenerateTab, masks: list[Any], **changed: Any) -> Any:
     fields = [changed.get(field.name, field.component.value) for field in tab.form.fields]
     modifiers = [component.value for component in tab.modifiers.components]
-    canvases = [*canvases, *([None] * (MAX_ADAPTERS - len(canvases)))]
-    return tab.request({}, CHOSEN, *[1.0] * MAX_ADAPTERS, *modifiers, *fields, *canvases)
+    masks = [*masks, *([None] * (MAX_ADAPTERS - len(masks)))]
+    return tab.request({}, CHOSEN, *[1.0] * MAX_ADAPTERS, *modifiers, *fields, *masks)
 
 
-def test_what_is_painted_becomes_the_adapters_masks(tab: GenerateTab, space: Workspace) -> None:
-    request = requested(tab, [painted(0, 3), painted(3, 8)], method="regions")
+def test_masks_become_the_adapters_regions(tab: GenerateTab, space: Workspace) -> None:
+    dropped = [mask(space, 0, 3), mask(space, 3, 8)]
+    request = requested(tab, dropped, method="regions")
     options = parse_spec(GenerateSpec, request).options
     masks = read_masks(options.regions)  # type: ignore[attr-defined]
     assert list(masks) == ["fox", "owl"]
     assert masks["fox"][0, 0].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 8
     assert (masks["fox"] + masks["owl"]).min() == 1 == (masks["fox"] + masks["owl"]).max()
-    again = requested(tab, [painted(0, 3), painted(3, 8)], method="regions")
+    again = requested(tab, dropped, method="regions")
     assert again["regions"] == request["regions"] and len(list(space.uploads.glob("masks/*"))) == 2
-    assert "regions" not in requested(tab, [painted(0, 3)], method="merge")
+    assert "regions" not in requested(tab, dropped, method="merge")
 
 
 def test_masks_come_back_with_a_request(tab: GenerateTab, space: Workspace) -> None:
-    request = requested(tab, [None, painted(3, 8)], method="regions", background="fox")
-    shown = tab.show(request)[-MAX_ADAPTERS:]
-    assert [update["visible"] for update in shown] == [True, True, *[False] * 6]
-    assert shown[1]["value"] == request["regions"]["owl"] and isinstance(shown[0]["value"], Image.Image)
-    Path(shown[1]["value"]).unlink()
-    assert isinstance(tab.show(request)[-MAX_ADAPTERS + 1]["value"], Image.Image), "a file that is gone"
+    request = requested(tab, [None, mask(space, 3, 8)], method="regions", background="fox")
+    shown = dict(zip(map(id, tab.request_outputs), tab.show(request), strict=True))
+    first, second, *others = (shown[id(component)] for component in tab.regions.masks)
+    assert (first["visible"], second["visible"], {other["visible"] for other in others}) == (
+        True,
+        True,
+        {False},
+    )
+    assert (first["value"], second["value"]) == (None, request["regions"]["owl"])
+    assert [shown[id(taker)]["visible"] for taker in tab.regions.takers] == [True, True, *[False] * 6]
+    Path(second["value"]).unlink()
+    shown = dict(zip(map(id, tab.request_outputs), tab.show(request), strict=True))
+    assert shown[id(tab.regions.masks[1])]["value"] is None, "a file that is gone"
 
 
-def test_an_adapter_keeps_what_is_painted_when_another_is_taken_off(tab: GenerateTab) -> None:
-    fox, owl = painted(0, 3), painted(3, 8)
+def test_an_adapter_keeps_its_region_when_another_is_taken_off(tab: GenerateTab, space: Workspace) -> None:
+    fox, owl = mask(space, 0, 3), mask(space, 3, 8)
     values = [*[1.0] * MAX_ADAPTERS, fox, owl, *[None] * 6]
-    first, second, *_ = tab._choose(CHOSEN[1:], CHOSEN, *values)[-MAX_ADAPTERS:]
-    assert first["value"] is owl and first["label"] == "Region of sub/owl.safetensors"
-    assert second["visible"] is False
-    same, new, *_ = tab._choose(CHOSEN, CHOSEN[:1], *values)[-MAX_ADAPTERS:]
-    assert "value" not in same, "a canvas that stays is not sent again"
-    assert new["visible"] is True and isinstance(new["value"], Image.Image)
+    first, second, *_ = tab._choose(CHOSEN[1:], CHOSEN, *values)[-2 * MAX_ADAPTERS :]
+    assert (first["value"], first["label"]) == (owl, "Region of sub/owl.safetensors")
+    assert (second["value"], second["visible"]) == (None, False)
 
 
-def test_a_mask_is_paint_or_white_of_a_picture() -> None:
-    picture = Image.fromarray(np.tile(np.array([0, 128, 255, 0], dtype=np.uint8), (2, 1))).convert("RGBA")
-    layer = Image.new("RGBA", (4, 2))
-    layer.putpixel((3, 0), (1, 2, 3, 200))
-    mask = mask_of({"background": picture, "layers": [layer]})
-    assert np.asarray(mask).tolist() == [[0, 128, 255, 200], [0, 128, 255, 0]]
-    clear = Image.new("RGBA", (4, 2), (255, 255, 255, 0))
-    assert mask_of({"background": clear, "layers": []}) is None
-    assert mask_of({"background": None, "layers": [layer]}) is not None
+def test_what_is_painted_becomes_a_mask_and_nothing_leaves_it_as_it_was(tab: GenerateTab) -> None:
+    canvas = Image.new("RGBA", (4, 2))
+    assert tab.regions.take(data_url(canvas)) == gr.skip()
+    canvas.putpixel((3, 0), (255, 255, 255, 200))
+    with Image.open(tab.regions.take(data_url(canvas))) as kept:
+        assert np.asarray(kept).tolist() == [[0, 0, 0, 200], [0, 0, 0, 0]]
 
 
-def test_regions_without_paint_are_refused_on_the_page(tab: GenerateTab) -> None:
-    with pytest.raises(UsageError, match="nothing is painted"):
-        requested(tab, [painted(0, 0), None], method="regions")
+def test_a_region_is_white_of_a_picture_on_black(tab: GenerateTab, space: Workspace) -> None:
+    picture = np.full((2, 4, 4), 255, dtype=np.uint8)
+    picture[..., 3] = [0, 128, 255, 0]
+    Image.fromarray(picture).save(space.uploads / "clear.png")
+    (kept,) = requested(tab, [str(space.uploads / "clear.png")], method="regions")["regions"].values()
+    with Image.open(kept) as seen:
+        assert np.asarray(seen).tolist() == [[0, 128, 255, 0]] * 2
+
+
+def test_black_masks_and_files_that_are_no_pictures_are_refused_on_the_page(
+    tab: GenerateTab, space: Workspace
+) -> None:
+    with pytest.raises(UsageError, match="no adapter has a region"):
+        requested(tab, [mask(space, 0, 0), None], method="regions")
+    (space.uploads / "note.png").write_text("fox")
+    with pytest.raises(DataError, match=r"'note\.png' is no picture"):
+        requested(tab, [str(space.uploads / "note.png")], method="regions")
