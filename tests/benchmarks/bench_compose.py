@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench_train_cost import machine
 from compose_providers import (
@@ -169,9 +170,8 @@ def _switch_once(bench: Bench, timed: Callable[[str, Callable[[], object]], None
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, p20 and p80."""
-    ordered = sorted(values)
-    at = {"median": 0.5, "p20": 0.2, "p80": 0.8}
-    return {name: round(ordered[round(share * (len(ordered) - 1))], 3) for name, share in at.items()}
+    at = {"median": 50, "p20": 20, "p80": 80}
+    return {name: round(float(np.percentile(values, share)), 3) for name, share in at.items()}
 
 
 def in_words(row: Mapping[str, float]) -> str:
