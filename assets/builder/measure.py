@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from tqdm import tqdm
 
@@ -114,8 +113,7 @@ def grid(pictures: list[Image.Image], *, columns: int) -> Image.Image:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Return the starter, by default in fp32 on the CPU, with its progress bars off."""
-    disable_progress_bar()
+    """Return the starter, by default in fp32 on the CPU, without bars of its steps."""
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
