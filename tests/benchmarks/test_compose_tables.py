@@ -14,6 +14,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "composing-cost.md"
 def test_the_tables_are_those_of_the_results() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     results = json.loads(bench_compose.RESULTS.read_text())
+    assert {"random cpu", "random cpu scaling"} <= results.keys()
     assert bench_compose.insert(text, results) == text
     assert bench_compose.methods_table(results["random cpu"]) in text
 
