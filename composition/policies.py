@@ -1,12 +1,26 @@
 """What several methods and modifiers do alike: text-encoder policies, and checks of adapters by name."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from studio.errors import CompositionError
 from studio.registry import nearest
 
-TextPolicy = Literal["base", "first", "merged", "own"]
+TextPolicy = Annotated[
+    Literal["base", "first", "merged", "own"],
+    Field(
+        description="What the text encoders hold: no adapter, the first, all, or for each answer its own "
+        "adapters (one more encoding of the prompt for each)."
+    ),
+]
+"""Of methods whose steps have several answers."""
+SharedTextPolicy = Annotated[
+    Literal["base", "first", "merged"],
+    Field(description="What the text encoders, which run once, hold: no adapter, the first, or all."),
+]
+"""Of methods whose steps have one answer."""
 
 
 def text_weights(policy: TextPolicy, weights: Mapping[str, float]) -> dict[str, float]:

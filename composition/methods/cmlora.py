@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Cut, Plan, Request, Step, Text
-from studio.composition.policies import check_some, known, text_weights
+from studio.composition.policies import TextPolicy, check_some, known, text_weights
 from studio.errors import BaseNeeded
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -148,11 +148,7 @@ class CmLora(Composer):
             description="How much is computed from kept features: fast least, quality as the paper, deep for "
             "SDXL.",
         )
-        text_encoder_policy: Literal["base", "first", "merged", "own"] = Field(
-            "merged",
-            description="What the text encoders hold: no adapter, the first, all, or for each answer its own "
-            "adapter (one more encoding of the prompt for each).",
-        )
+        text_encoder_policy: TextPolicy = "merged"
 
     def prepare(
         self,

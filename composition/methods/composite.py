@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
-from studio.composition.policies import check_some, known, text_weights
+from studio.composition.policies import TextPolicy, check_some, known, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -51,11 +51,7 @@ class Composite(Composer):
             description="Let the base alone answer for the unconditional rows: N + 1 half evaluations a step "
             "instead of 2 N. Differs from the paper.",
         )
-        text_encoder_policy: Literal["base", "first", "merged", "own"] = Field(
-            "merged",
-            description="What the text encoders hold: no adapter, the first, all, or for each answer its own "
-            "adapter (one more encoding of the prompt for each).",
-        )
+        text_encoder_policy: TextPolicy = "merged"
 
     def prepare(
         self,

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from studio.composition.methods.composite import CompositePlan
 from studio.composition.plan import BaseInfo, Branch, Composer, Request, Text
-from studio.composition.policies import known, text_weights
+from studio.composition.policies import TextPolicy, known, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -77,11 +77,7 @@ class Regions(Composer):
             False,
             description="Let the base, with what acts everywhere, alone answer for the unconditional rows.",
         )
-        text_encoder_policy: Literal["base", "first", "merged", "own"] = Field(
-            "merged",
-            description="What the text encoders hold: no adapter, the first, all, or for each region its own "
-            "adapters (one more encoding of the prompt for each).",
-        )
+        text_encoder_policy: TextPolicy = "merged"
 
     def prepare(
         self,

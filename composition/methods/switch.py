@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from studio.composition.plan import BaseInfo, Composer, Request, Step
-from studio.composition.policies import check_some, text_weights
+from studio.composition.policies import SharedTextPolicy, check_some, text_weights
 from studio.composition.turns import SOLVER_HISTORY, SolverHistory, TurnsPlan
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS, nearest
@@ -77,10 +77,7 @@ class Switch(Composer):
             (),
             description="All adapters' names in the order of their turns, with commas; default: as given.",
         )
-        text_encoder_policy: Literal["base", "first", "merged"] = Field(
-            "merged",
-            description="What the text encoders, which run once, hold: no adapter, the first, or all.",
-        )
+        text_encoder_policy: SharedTextPolicy = "merged"
         solver_history: SolverHistory = Field("keep", description=SOLVER_HISTORY)
 
         @field_validator("order", mode="before")

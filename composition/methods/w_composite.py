@@ -1,13 +1,14 @@
 """W-Composite: Composite with shares by how near each adapter's trigger words are to the prompt."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from studio.composition.importance import by_similarity, triggers_of
 from studio.composition.methods.composite import Composite, CompositePlan
 from studio.composition.plan import BaseInfo, Composer, Request
+from studio.composition.policies import TextPolicy
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
 
@@ -32,11 +33,7 @@ class WComposite(Composer):
         shared_unconditional: bool = Field(
             False, description="Let the base alone answer for the unconditional rows, as in Composite."
         )
-        text_encoder_policy: Literal["base", "first", "merged", "own"] = Field(
-            "merged",
-            description="What the text encoders hold: no adapter, the first, all, or for each answer its own "
-            "adapter.",
-        )
+        text_encoder_policy: TextPolicy = "merged"
 
     reads_prompt = True
 

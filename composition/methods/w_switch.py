@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from studio.composition.importance import by_ablation, triggers_of
 from studio.composition.plan import BaseInfo, Composer, Request, Step
-from studio.composition.policies import check_some, known, text_weights
+from studio.composition.policies import SharedTextPolicy, check_some, known, text_weights
 from studio.composition.turns import SOLVER_HISTORY, SolverHistory, TurnsPlan
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
@@ -67,10 +67,7 @@ class WSwitch(Composer):
         )
         final: str = Field("", description="Adapter of the last steps; default: the first one.")
         final_steps: int = Field(5, ge=0, description="How many steps it has at the end; 0 for none.")
-        text_encoder_policy: Literal["base", "first", "merged"] = Field(
-            "merged",
-            description="What the text encoders, which run once, hold: no adapter, the first, or all.",
-        )
+        text_encoder_policy: SharedTextPolicy = "merged"
         solver_history: SolverHistory = Field("keep", description=SOLVER_HISTORY)
 
     reads_prompt = True

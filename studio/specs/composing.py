@@ -9,6 +9,7 @@ from studio.errors import UsageError
 from studio.registry import COMPOSERS, FORMATS
 from studio.specs.base import Flag, Options, complete
 from studio.specs.batch import read_seeds
+from studio.specs.checks import ends_in, known_in
 from studio.specs.composition import (
     AdapterUse,
     CompositionSpec,
@@ -35,7 +36,9 @@ class PlanSpec(CompositionSpec):
     """A composition whose plan is to be shown."""
 
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
-    picture: Path | None = Field(None, description="Picture (.png) of the plan along the steps.")
+    picture: Annotated[Path | None, ends_in(".png")] = Field(
+        None, description="Picture (.png) of the plan along the steps."
+    )
     measure: bool = Field(
         False,
         description="Load the base where the method has to measure adapters on it; what it measures is kept.",
@@ -46,11 +49,6 @@ class PlanSpec(CompositionSpec):
     device: str = Field("auto", description="Of the base: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     precision: Precision = Field("auto", description="Of the base; auto: fp32 on the CPU, fp16 on a GPU.")
     overwrite: bool = Field(False, description="Replace the picture.")
-
-    @field_validator("picture")
-    @classmethod
-    def _ending(cls, path: Path | None) -> Path | None:
-        return _named(path, ".png")
 
 
 class ProfileSpec(Ingredients):
@@ -75,7 +73,7 @@ class CompareSpec(ModifiedIngredients, Drawing):
     seeds: Seeds = Field(
         (0,), min_length=1, max_length=1000, description="Seeds of the pictures, such as 1-4 or 1,5,7."
     )
-    grid: Path = Field(
+    grid: Annotated[Path, ends_in(".png")] = Field(
         Path("compare.png"), description="Picture (.png) of all; numbers are written beside it (.json)."
     )
     overwrite: bool = Field(False, description="Replace the picture and the numbers.")
@@ -105,12 +103,6 @@ class CompareSpec(ModifiedIngredients, Drawing):
     def _parse_options(cls, given: Any) -> Any:
         return read_named_options(given, COMPOSERS)
 
-    @field_validator("grid")
-    @classmethod
-    def _ending(cls, path: Path) -> Path:
-        _named(path, ".png")
-        return path
-
 
 class BakeSpec(CompositionSpec):
     """One ordinary adapter made of a composition."""
@@ -119,8 +111,10 @@ class BakeSpec(CompositionSpec):
     max_rank: int | None = Field(
         None, ge=1, description="Rank of the adapter at most; default: exact, the ranks of all added up."
     )
-    output: Path = Field(description="Adapter file to write (.safetensors).")
-    format: str = Field(
+    output: Annotated[Path, ends_in(".safetensors")] = Field(
+        description="Adapter file to write (.safetensors)."
+    )
+    format: Annotated[str, known_in(FORMATS)] = Field(
         "kohya", description="File format of the output: 'kohya' (other tools), 'diffusers', 'sara'."
     )
     precision: Precision = Field(
@@ -142,21 +136,6 @@ class BakeSpec(CompositionSpec):
     device: str = Field("auto", description="Where these are drawn: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     overwrite: bool = Field(False, description="Replace the output.")
 
-    @field_validator("format")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            FORMATS[name]
-        except UsageError as error:
-            raise complete(str(error)) from None
-        return name
-
-    @field_validator("output")
-    @classmethod
-    def _ending(cls, path: Path) -> Path:
-        _named(path, ".safetensors")
-        return path
-
 
 def _parts(given: Any) -> Any:
     """Return the items of texts with commas; a repeated flag gives several of them."""
@@ -169,9 +148,3 @@ def _parts(given: Any) -> Any:
         for part in (item.split(",") if isinstance(item, str) else [item])
         if part != ""
     ]
-
-
-def _named(path: Path | None, ending: str) -> Path | None:
-    if path is not None and path.suffix != ending:
-        raise ValueError(f"must be a file name that ends in {ending}")
-    return path

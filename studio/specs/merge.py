@@ -1,20 +1,20 @@
 """What a user may ask of merging several adapters into one."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from studio.errors import UsageError
 from studio.registry import FORMATS, MERGERS
 from studio.specs.base import Options, complete
+from studio.specs.checks import ends_in, known_in
 from studio.specs.composition import AdapterUse, read_uses
 
 
 class MergeOptions(Options):
     """An algorithm of the registry and what it is to do; an option that it does not read is refused."""
 
-    how: str = Field(
+    how: Annotated[str, known_in(MERGERS)] = Field(
         "linear", description="Merging algorithm: `studio list` and docs/merging.md say what each is for."
     )
     rank: int | None = Field(
@@ -39,15 +39,6 @@ class MergeOptions(Options):
     merge_seed: int | None = Field(
         None, ge=0, lt=2**62, description="Seed of what dare drops and where lego starts; default: 0."
     )
-
-    @field_validator("how")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            MERGERS[name]
-        except UsageError as error:
-            raise complete(str(error)) from None
-        return name
 
     @field_validator("rank", "dense", "density", "combine", "merge_seed")
     @classmethod
@@ -78,10 +69,10 @@ class MergeSpec(MergeOptions):
     adapters: tuple[AdapterUse, ...] = Field(
         min_length=1, max_length=64, description="Adapter files with strengths, path or path:weight."
     )
-    output: Path | None = Field(
+    output: Annotated[Path | None, ends_in(".safetensors")] = Field(
         None, description="Adapter file to write (.safetensors); default: none, only say what it would be."
     )
-    preview: Path | None = Field(
+    preview: Annotated[Path | None, ends_in(".png")] = Field(
         None, description="Picture (.png) of the error against the rank, for all and for each block."
     )
     base: str | None = Field(
@@ -89,7 +80,7 @@ class MergeSpec(MergeOptions):
         description="Base model of the adapters; needed by kinds that depend on its weights or shapes (dora, "
         "oft, loha, lokr) and by adapters of bases with layers of their own.",
     )
-    format: str = Field(
+    format: Annotated[str, known_in(FORMATS)] = Field(
         "kohya", description="File format of the output: 'kohya' (other tools), 'diffusers', 'sara'."
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
@@ -102,20 +93,3 @@ class MergeSpec(MergeOptions):
     @classmethod
     def _parse_adapters(cls, given: Any) -> Any:
         return read_uses(given)
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        try:
-            FORMATS[name]
-        except UsageError as error:
-            raise complete(str(error)) from None
-        return name
-
-    @field_validator("output", "preview")
-    @classmethod
-    def _ending(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        ending = ".safetensors" if info.field_name == "output" else ".png"
-        if path is not None and path.suffix != ending:
-            raise ValueError(f"must be a file name that ends in {ending}")
-        return path

@@ -1,13 +1,13 @@
 """What a user may ask of training."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from studio.errors import UsageError
 from studio.registry import FORMATS, TRAINERS, Registry
 from studio.specs.base import complete
+from studio.specs.checks import ends_in, known_in
 from studio.specs.data import DataSpec
 from studio.specs.execution import Attention, Compile, Quantization
 from studio.specs.groups import TRAINING, Groups
@@ -24,8 +24,10 @@ class TrainSpec(DataSpec):
         description="Base model: 'starter', a diffusers folder, a .safetensors checkpoint or a hub id.",
     )
     method: str = Field("lora", description="Training method.")
-    output: Path = Field(description="Adapter file to write (.safetensors).")
-    format: str | None = Field(
+    output: Annotated[Path, ends_in(".safetensors")] = Field(
+        description="Adapter file to write (.safetensors)."
+    )
+    format: Annotated[str | None, known_in(FORMATS)] = Field(
         None,
         description="File format of the output: 'kohya' (other tools), 'diffusers', 'sara' (sparse changes), "
         "'embedding' (a token); "
@@ -171,16 +173,6 @@ class TrainSpec(DataSpec):
     )
     author: str | None = Field(None, description="Author written into the file's metadata.")
 
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str | None) -> str | None:
-        try:
-            if name is not None:
-                FORMATS[name]
-        except UsageError as error:
-            raise complete(str(error)) from None
-        return name
-
     @field_validator("schedule_restarts", "schedule_power", "huber_delta")
     @classmethod
     def _of_use(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -252,13 +244,6 @@ class TrainSpec(DataSpec):
                 f"{len(prompts)}. Give one, or leave class_data out."
             )
         return folder
-
-    @field_validator("output")
-    @classmethod
-    def _safetensors(cls, path: Path) -> Path:
-        if path.suffix != ".safetensors":
-            raise ValueError("must be a file name that ends in .safetensors")
-        return path
 
     @property
     def may_replace(self) -> bool:

@@ -1,13 +1,12 @@
 """What a user may ask of zipping a content and a style adapter into one."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from studio.errors import UsageError
 from studio.registry import FORMATS
-from studio.specs.base import complete
+from studio.specs.checks import ends_in, known_in
 from studio.specs.composition import AdapterUse
 
 
@@ -20,7 +19,9 @@ class ZipSpec(BaseModel):
     style: AdapterUse = Field(description="Adapter file of the style, path or path:weight.")
     content_prompt: str = Field(description="What the content's pictures show, with its trigger words.")
     style_prompt: str = Field(description="What the style's pictures show, with its trigger words.")
-    output: Path = Field(description="Adapter file to write (.safetensors).")
+    output: Annotated[Path, ends_in(".safetensors")] = Field(
+        description="Adapter file to write (.safetensors)."
+    )
     base: str = Field(
         "starter",
         description="Base model: 'starter', a diffusers folder, a .safetensors checkpoint or a hub id.",
@@ -48,7 +49,9 @@ class ZipSpec(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Compute parts of the UNet again instead of keeping them: less memory, slower."
     )
-    format: str = Field("kohya", description="File format of the output: 'kohya' (other tools), 'diffusers'.")
+    format: Annotated[str, known_in(FORMATS)] = Field(
+        "kohya", description="File format of the output: 'kohya' (other tools), 'diffusers'."
+    )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="Number type of the base; auto: fp32 on the CPU, fp16 on a GPU."
     )
@@ -60,19 +63,3 @@ class ZipSpec(BaseModel):
     @classmethod
     def _use(cls, given: Any) -> Any:
         return AdapterUse.parse(str(given)) if isinstance(given, (str, Path)) else given
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        try:
-            FORMATS[name]
-        except UsageError as error:
-            raise complete(str(error)) from None
-        return name
-
-    @field_validator("output")
-    @classmethod
-    def _ending(cls, path: Path) -> Path:
-        if path.suffix != ".safetensors":
-            raise ValueError("must be a file name that ends in .safetensors")
-        return path
