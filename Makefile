@@ -62,7 +62,7 @@ fmt: $(VENV)/.dev
 
 # The folders are checked as they are installed, because trainers/ is the package studio.trainers.
 types: $(VENV)/.dev
-	rm -rf build
+	rm -rf build/types build/lib build/bdist.*
 	$(INSTALL) --no-deps --no-build-isolation --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p studio
 

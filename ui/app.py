@@ -16,6 +16,7 @@ from studio.errors import UsageError
 from studio.jobs import JobStore
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
+from studio.ui.panel import follow_clock
 from studio.ui.pictures import clean_uploads
 from studio.ui.supervisor import Supervisor
 from studio.ui.theme import CSS, theme
@@ -52,8 +53,9 @@ def build(home: str | Path | None = None, *, trouble: Callable[[], str] = lambda
                 train.layout()
             with gr.Tab("Generate", id="generate"):
                 generate.layout()
-        train.wire(timer)
-        generate.wire(timer)
+        train.wire()
+        generate.wire()
+        follow_clock(timer, [train.panel, generate.panel, *(sketch.panel for sketch in generate.sketches)])
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         page.load(
             lambda: [*train.restore(), *generate.restore()],

@@ -63,12 +63,12 @@ class GenerateTab:
                     self._settings()
         self.form.follow_method()
 
-    def wire(self, timer: gr.Timer) -> None:
+    def wire(self) -> None:
         """Connect components with what they do."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.panel.wire(timer, self.request, self.request_inputs)
+        self.panel.wire(self.request, self.request_inputs)
         for sketch in self.sketches:
-            sketch.wire(timer, self.request, self.request_inputs)
+            sketch.wire(self.request, self.request_inputs)
         self.regions.wire()
         self.chosen.input(
             self._choose,

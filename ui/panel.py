@@ -6,7 +6,8 @@ and to the clock may arrive in any order, and what was shown last is what the ne
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Panel:
     def buttons(self, start: str) -> None:
         """Place Start, Stop and the line for messages about the form."""
         self.seen = gr.JSON({}, visible=False)
+        self.pulse = gr.State(0)
         with gr.Row(elem_classes="buttons"):
             self.start = gr.Button(start, variant="primary", elem_id=f"{self.kind}-start", scale=3)
             self.stop = gr.Button("Stop", elem_id=f"{self.kind}-stop", interactive=False, scale=1)
@@ -112,10 +114,15 @@ class Panel:
         """What ``refresh`` returns updates for."""
         return [self.seen, *(part.component for part in self.parts.values())]
 
+    def beat(self, seen: Seen) -> Any:
+        """Return another value for the pulse, whose change refreshes, if the marks are not those seen."""
+        story = self.follower.latest(self.kind)
+        return gr.skip() if seen == self._marks(story) else time.monotonic_ns()
+
     def refresh(self, seen: Seen) -> list[Any]:
         """Return the marks and updates of the parts whose mark is another than the one seen."""
         story = self.follower.latest(self.kind)
-        marks = {name: _digest(story, part.mark(story)) for name, part in self.parts.items()}
+        marks = self._marks(story)
         return [
             gr.skip() if seen == marks else marks,
             *(
@@ -124,11 +131,10 @@ class Panel:
             ),
         ]
 
-    def wire(self, timer: gr.Timer, submit: Callable[..., Mapping[str, Any]], inputs: list[Any]) -> None:
-        """Connect the buttons and the clock.
+    def wire(self, submit: Callable[..., Mapping[str, Any]], inputs: list[Any]) -> None:
+        """Connect the buttons and the pulse.
 
         Args:
-            timer: Ticks of it refresh the panel.
             submit: Returns the specification to queue, from the values of ``inputs``; may raise StudioError.
             inputs: Components of the form.
         """
@@ -160,7 +166,10 @@ class Panel:
         self.start.click(begin, inputs=[self.seen, *inputs], outputs=everything, **quiet)
         self.stop.click(on_latest(self.follower.store.cancel), inputs=self.seen, outputs=everything, **quiet)
         self.again.click(on_latest(self.follower.store.retry), inputs=self.seen, outputs=everything, **quiet)
-        timer.tick(self.refresh, inputs=self.seen, outputs=self.outputs, **quiet)
+        self.pulse.change(self.refresh, inputs=self.seen, outputs=self.outputs, **quiet)
+
+    def _marks(self, story: Story | None) -> Seen:
+        return {name: _digest(story, part.mark(story)) for name, part in self.parts.items()}
 
     def _status(self, story: Story | None) -> str:
         if story is None:
@@ -176,6 +185,21 @@ class Panel:
             }
             note = f"It starts after {what[ahead.kind]} that is running." if ahead else self.trouble()
         return status(story, note=note)
+
+
+def follow_clock(timer: gr.Timer, panels: Sequence[Panel]) -> None:
+    """Let every tick look whether panels have something new to show.
+
+    The answer to a tick goes to pulses alone, which are no components: the browser lays out every component
+    that is named as an output, also where it is to stay as it is.
+    """
+    timer.tick(
+        lambda *seen: [panel.beat(each) for panel, each in zip(panels, seen, strict=True)],
+        inputs=[panel.seen for panel in panels],
+        outputs=[panel.pulse for panel in panels],
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _digest(story: Story | None, mark: Hashable) -> str:

@@ -64,17 +64,15 @@ class Sketch:
     def place_inputs(self) -> None:
         """Place fields of its own, the values of which ``asked`` takes; none by default."""
 
-    def wire(self, timer: gr.Timer, request: Callable[..., Values], inputs: list[Any]) -> None:
+    def wire(self, request: Callable[..., Values], inputs: list[Any]) -> None:
         """Connect the button with the form.
 
         Args:
-            timer: Ticks of it refresh the view.
             request: Returns the form's request for pictures from the values of ``inputs``.
             inputs: Components of the form.
         """
         number = len(self.inputs)
         self.panel.wire(
-            timer,
             lambda *values: self.asked(request(*values[number:]), *values[:number]),
             [*self.inputs, *inputs],
         )

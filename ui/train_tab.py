@@ -56,9 +56,9 @@ class TrainTab:
                 self._results()
         self.form.follow_method()
 
-    def wire(self, timer: gr.Timer) -> None:
+    def wire(self) -> None:
         """Connect components with what they do."""
-        self.panel.wire(timer, self.request, [self.folder, self.name, *self.form.components])
+        self.panel.wire(self.request, [self.folder, self.name, *self.form.components])
         self.presets.input(
             self.fill,
             inputs=self.presets,

@@ -1,8 +1,7 @@
 """The main job on the shipped starter: an adapter of a subject it has never seen, measured by the evaluator.
 
 The goals: the new subject in at least 60 % of pictures prompted with its token, and in at most 10 % without
-the adapter; drawn in half the usual number of steps, which takes half the time. What it costs other subjects
-is measured by tests/benchmarks/bench_forgetting.py.
+the adapter. What it costs other subjects is measured by tests/benchmarks/bench_forgetting.py.
 """
 
 from collections.abc import Iterator
@@ -14,15 +13,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import studio
-from studio.api import generate_batch
-from studio.assets.builder.evaluator import judge
 from studio.assets.builder.measure import draw
-from studio.demo import PROMPT, STEPS, SUBJECT, DemoReport, run
+from studio.demo import PROMPT, PROMPTS, STEPS, DemoReport, run
 from studio.models.base import starter_path
 from studio.specs import AdapterUse, Event, GenerateSpec
-
-GROUNDS = ("white", "red", "blue", "green", "yellow", "gray")
-PROMPTS = [f"{PROMPT} on a {ground} background" for ground in GROUNDS]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +26,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Iterator[DemoReport]:
-    yield run(tmp_path_factory.mktemp("demo"), seeds=1, on_event=events.append)
-
-
-def _hits(adapters: dict[str | Path, float]) -> float:
-    """Return the share of pictures in which the evaluator finds the subject."""
-    drawn = generate_batch(PROMPTS, seeds=range(100, 102), adapters=adapters, batch_size=12, steps=12)
-    verdicts = judge([result.image for result in drawn])
-    return sum(verdict.subject == SUBJECT for verdict in verdicts) / len(verdicts)
+    yield run(tmp_path_factory.mktemp("demo"), on_event=events.append)
 
 
 def test_the_demo_writes_what_it_promises(report: DemoReport, events: list[Event]) -> None:
@@ -49,14 +36,14 @@ def test_the_demo_writes_what_it_promises(report: DemoReport, events: list[Event
     for label in ("drawing without", "drawing with"):
         bar = [(event.step, event.total) for event in events if event.message == label]
         total = STEPS * report.count
-        # One seed of each prompt, all at once.
-        assert bar == [(step, total) for step in range(report.count, total + 1, report.count)]
+        # The prompts of a seed are drawn at once.
+        assert bar == [(step, total) for step in range(len(PROMPTS), total + 1, len(PROMPTS))]
     assert f"{report.hits_with} of {report.count}" in "\n".join(report.lines())
 
 
 def test_the_adapter_draws_the_new_subject_and_the_base_does_not(report: DemoReport) -> None:
-    assert _hits({report.adapter: 1.0}) >= 0.6
-    assert _hits({}) <= 0.1
+    assert report.hits_with >= 0.6 * report.count
+    assert report.hits_without <= 0.1 * report.count
 
 
 @pytest.mark.parametrize("which", ["adapter", "diffusers_adapter"])
