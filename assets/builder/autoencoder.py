@@ -180,19 +180,31 @@ def _set_copies(encoder: Any, spec: AutoencoderSpec) -> None:
 
 
 @torch.no_grad()
-def linear_code(vae: AutoencoderKL, spec: AutoencoderSpec) -> tuple[Tensor, Tensor]:
-    """Return the offset and the components that ``set_linear_encoder`` wrote, to encode with at once."""
-    plus, _ = _slots(spec)
-    last = vae.encoder.down_blocks[-2].downsamplers[0].conv
-    channel, row, column = _copied(spec.patch).unbind(1)
-    components = last.weight[plus[:, None], channel, row, column].float() / spec.pair_scale
-    return -last.bias[plus].float() / spec.pair_scale, components
+def linear_code(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Return the offset and the components that the encoder computes, for ``encode_linear``, which is faster.
+
+    They are measured on noise, so the encoder may be of any shape.
+
+    Raises:
+        ValueError: If the encoder is no linear code of patches.
+    """
+    patch = 2 ** (len(vae.config.block_out_channels) - 1)
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (16, 3, 16 * patch, 16 * patch), generator=noise, dtype=torch.uint8)
+    latents = vae.encode(to_unit(pixels).to(vae.device)).latent_dist.mean.cpu()
+    patches = F.pixel_unshuffle(to_unit(pixels), patch)
+    known = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1).movedim(1, -1).flatten(0, 2)
+    found = latents.movedim(1, -1).flatten(0, 2)
+    code = torch.linalg.lstsq(known, found).solution
+    error, spread = (known @ code - found).std(), found.std()
+    if error > 0.01 * spread:
+        raise ValueError(f"the encoder is no linear patch code: {error / spread:.1%} of its answer is not")
+    return -code[-1], code[:-1].T.contiguous()
 
 
 def train_decoder(
     vae: AutoencoderKL,
     pixels: Tensor,
-    spec: AutoencoderSpec,
     *,
     schedule: Schedule,
     machine: Machine,
@@ -207,7 +219,6 @@ def train_decoder(
     Args:
         vae: Its decoder is trained in place.
         pixels: ``[N, 3, H, W]`` uint8.
-        spec: Shape.
         schedule: Length and rates.
         machine: Device and deadline.
         state: State file.
@@ -215,8 +226,8 @@ def train_decoder(
         seed: Of pictures and noise.
     """
     device = machine.torch_device
-    decoder = vae.decoder.to(device, memory_format=torch.channels_last)
-    offset, components = (part.to(device) for part in linear_code(vae, spec))
+    decoder = vae.decoder.to(device, memory_format=machine.layout)
+    offset, components = (part.to(device) for part in linear_code(vae))
     forward = torch.compile(decoder) if machine.compile else decoder
 
     def loss_at(step: int) -> Tensor:
@@ -227,7 +238,7 @@ def train_decoder(
         if step % 2:
             latents = latents + 0.05 * torch.randn(latents.shape, generator=generator, device=device)
         with machine.autocast():
-            picture = forward(latents.contiguous(memory_format=torch.channels_last))
+            picture = forward(latents.contiguous(memory_format=machine.layout))
         target = to_unit(chosen)
         return F.mse_loss(picture.float(), target) + 0.1 * F.l1_loss(picture.float(), target)
 

@@ -102,7 +102,6 @@ def build_decoder(shop: Workshop, vae: AutoencoderKL) -> bool:
     training = autoencoder.train_decoder(
         vae,
         pixels,
-        recipe.autoencoder,
         schedule=recipe.decoder_schedule,
         machine=machine,
         state=shop.folder / "decoder.pt",
@@ -113,8 +112,8 @@ def build_decoder(shop: Workshop, vae: AutoencoderKL) -> bool:
         done.touch()
         held = min(_HELD, recipe.renders)
         fresh = render_many(held, seed=4, size=recipe.size, vocabulary=recipe.vocabulary, workers=1).pixels
-        offset, components = autoencoder.linear_code(vae, recipe.autoencoder)
         vae = vae.float().to(machine.torch_device)
+        offset, components = autoencoder.linear_code(vae)
         with torch.no_grad():
             unit = autoencoder.to_unit(fresh[:64]).to(vae.device)
             error = vae.encode(unit).latent_dist.mean.cpu() - autoencoder.encode_linear(
@@ -162,7 +161,7 @@ def encode_renders(shop: Workshop, vae: AutoencoderKL) -> dict[str, Tensor]:
     """
     recipe, path = shop.recipe, shop.folder / "latents.safetensors"
     if not path.exists():
-        offset, components = autoencoder.linear_code(vae, recipe.autoencoder)
+        offset, components = autoencoder.linear_code(vae)
         parts: dict[str, list[Tensor]] = {"latents": [], "labels": [], "time_ids": []}
         for start in range(0, recipe.renders, _SLICE):
             renders = render_many(
@@ -278,11 +277,11 @@ def take_autoencoder(source: Path, shop: Workshop) -> None:
     if (shop.folder / "vae").exists():
         return
     spec, config = shop.recipe.autoencoder, AutoencoderKL.load_config(source)
-    found = tuple(config["block_out_channels"]), config["latent_channels"]
-    if found != (spec.widths, spec.channels):
+    found = 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+    if found != (spec.patch, spec.channels):
         raise SystemExit(
-            f"{source} has widths and latent channels {found}, {shop.recipe.name} wants "
-            f"{(spec.widths, spec.channels)}. Build the recipe that it comes from first."
+            f"{source} codes patches of {found[0]} pixels in {found[1]} channels, {shop.recipe.name} wants "
+            f"{spec.patch} and {spec.channels}. Build the recipe that it comes from first."
         )
     shutil.copytree(source, shop.folder / "vae")
     (shop.folder / "vae.done").touch()
@@ -326,6 +325,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
+    parser.add_argument("--decoder-minutes", type=float, help="train the decoder so long in all")
     parser.add_argument("--unet-minutes", type=float, help="train the UNet so long in all, over all runs")
     parser.add_argument("--steps", type=int, help="train the UNet so many steps in all, over all runs")
     parser.add_argument("--batch", type=int, help="samples per step of the UNet")
@@ -337,12 +337,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def open_workshop(args: argparse.Namespace) -> tuple[Workshop, Path]:
     """Return the workshop and the output folder that the options of ``add_options`` describe."""
     recipe: Recipe = RECIPES[args.recipe]
-    schedule = replace(
-        recipe.unet_schedule,
-        steps=args.steps or recipe.unet_schedule.steps,
-        seconds=args.unet_minutes and 60 * args.unet_minutes,
+    recipe = replace(
+        recipe,
+        decoder_schedule=replace(
+            recipe.decoder_schedule, seconds=args.decoder_minutes and 60 * args.decoder_minutes
+        ),
+        unet_schedule=replace(
+            recipe.unet_schedule,
+            steps=args.steps or recipe.unet_schedule.steps,
+            seconds=args.unet_minutes and 60 * args.unet_minutes,
+        ),
+        batch=args.batch or recipe.batch,
     )
-    recipe = replace(recipe, unet_schedule=schedule, batch=args.batch or recipe.batch)
     machine = Machine(
         args.device,
         not args.no_compile,

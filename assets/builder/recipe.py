@@ -93,19 +93,32 @@ STARTER_DRAFT = Recipe(
 )
 """What fits an hour on two CPU cores."""
 
+STARTER_XL_DRAFT = replace(
+    STARTER_DRAFT,
+    name="starter-xl-draft",
+    texts=(TextSpec(), TextSpec(projected=True)),
+    unet={
+        "block_out_channels": (64, 96, 128),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": 4,
+    },
+)
+"""The same with SDXL's classes and blocks, to try on what is made for those."""
+
 STARTER = Recipe(
     name="starter",
     vocabulary=FULL,
     size=128,
-    renders=245_760,
+    renders=131_072,
     textures=8192,
     wordings=48,
     autoencoder=AutoencoderSpec(),
     texts=(TextSpec(),),
-    unet={"block_out_channels": (128, 160, 96, 64), "attention_head_dim": 4},
+    # One head where the picture is finest: the maps there cost most.
+    unet={"block_out_channels": (64, 128, 160, 128), "attention_head_dim": (1, 4, 4, 4)},
     text_schedule=Schedule(steps=2000, warmup=100, decay=0.9),
     decoder_schedule=Schedule(steps=4000, rate=2e-3, decay=0.9, weight_decay=1e-3),
-    unet_schedule=Schedule(steps=30_000, rate=1e-3, warmup=500, ema=0.9995),
+    unet_schedule=Schedule(steps=30_000, rate=1e-3, warmup=500, ema=0.999),
     decoder_batch=64,
     batch=512,
 )
@@ -121,4 +134,4 @@ STARTER_XL = replace(
     },
 )
 
-RECIPES = {recipe.name: recipe for recipe in (STARTER_DRAFT, STARTER, STARTER_XL)}
+RECIPES = {recipe.name: recipe for recipe in (STARTER_DRAFT, STARTER_XL_DRAFT, STARTER, STARTER_XL)}

@@ -75,6 +75,14 @@ class Machine:
     def torch_device(self) -> torch.device:
         return torch.device(self.device)
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """How convolutions' weights and pictures lie in memory.
+
+        Channels come last where that is faster; on CPUs group norm in bf16 is several times slower then.
+        """
+        return torch.contiguous_format if self.device == "cpu" else torch.channels_last
+
     def autocast(self) -> torch.autocast:
         """Return the context in which networks compute: bf16 products, fp32 weights."""
         return torch.autocast(self.device, dtype=torch.bfloat16)

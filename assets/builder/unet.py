@@ -130,7 +130,7 @@ def train_unet(
     if machine.device == "cpu":
         # Plain matrix products: on CPUs the fused attention's backward is several times slower in bf16.
         unet.set_attn_processor(AttnProcessor())
-    unet.to(device, memory_format=torch.channels_last)
+    unet.to(device, memory_format=machine.layout)
     encoders = [encoder.to(device).eval() for encoder in encoders]
     samples = samples.to(device)
     # One compiled program for any number of threads: a run may be resumed with another.
@@ -145,7 +145,7 @@ def train_unet(
         timestep = draw_timesteps(batch, generator)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         a, b = (part[timestep].sqrt()[:, None, None, None] for part in (signal, 1 - signal))
-        noisy = (a * clean + b * noise).contiguous(memory_format=torch.channels_last)
+        noisy = (a * clean + b * noise).contiguous(memory_format=machine.layout)
         with machine.autocast():
             states, added = condition(samples, rows, encoders, generator)
             predicted = forward(noisy, timestep, states, added_cond_kwargs=added or None).sample

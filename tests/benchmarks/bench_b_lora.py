@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_b_lora.py
 
-One picture of a subject that the base has never seen, in a style that it knows, is rendered and learned
+Pictures of subjects that the base has never seen, in styles that it knows, are rendered, and each is learned
 twice: by B-LoRA, and by LoRA on all attention layers with as many parameters. Content is kept if pictures
 that ask for another style show the new subject in that style; style is carried if pictures that ask for other
 subjects show these in the picture's style. A second call goes on where the first one was stopped. Writes and
@@ -16,8 +16,9 @@ import argparse
 import json
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -38,6 +39,26 @@ ROWS = 6
 """Pictures of each task in the grid."""
 
 
+class Shown(NamedTuple):
+    """What a picture shows."""
+
+    subject: str
+    style: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.subject}-{self.style}"
+
+    @classmethod
+    def read(cls, text: str) -> "Shown":
+        """Return what "subject:style" says."""
+        subject, _, style = text.partition(":")
+        if style not in STYLES:
+            raise argparse.ArgumentTypeError(f"{text!r} is no subject:style with one of {', '.join(STYLES)}")
+        return cls(subject, style)
+
+
 def size_of(layers: dict[str, Any], rank: int) -> int:
     """Return how many parameters low-rank matrices on these layers have."""
     return rank * sum(sum(layer.weight.shape) for layer in layers.values())
@@ -55,29 +76,29 @@ def same_size_rank(pipe: Any, options: BLoraOptions) -> tuple[int, int, int]:
     return wanted, rank, rank * one
 
 
-def prompts(args: argparse.Namespace) -> dict[str, list[tuple[str, str, str]]]:
+def prompts(args: argparse.Namespace, picture: Shown) -> dict[str, list[tuple[str, str, str]]]:
     """Return for each task prompts with the subject and the style that pictures should show."""
     grounds = list(BACKGROUNDS)
-    others = [style for style in STYLES if style != args.style]
+    others = [style for style in STYLES if style != picture.style]
     known = [subject.name for subject in SUBJECTS]
     tasks: dict[str, list[tuple[str, str, str]]] = {"content": [], "style": []}
     for number in range(args.pictures):
         ground = grounds[number % len(grounds)]
         style = others[number % len(others)]
         opening = STARTER_WORDS.styles[style]
-        tasks["content"].append((f"{opening} a {TOKEN} on a {ground} background", args.subject, style))
+        tasks["content"].append((f"{opening} a {TOKEN} on a {ground} background", picture.subject, style))
         subject = known[number % len(known)]
         text = f"{with_article(subject)} in {TOKEN} style on a {ground} background"
-        tasks["style"].append((text, subject, args.style))
+        tasks["style"].append((text, subject, picture.style))
     return tasks
 
 
-def train(args: argparse.Namespace, name: str, **values: Any) -> dict[str, Path]:
+def train(args: argparse.Namespace, picture: Shown, name: str, **values: Any) -> dict[str, Path]:
     """Return the files of a method by part, trained unless they are there."""
-    folder = args.output / "data"
+    folder = args.output / picture.name / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    render(args.subject, args.style, args.background).save(folder / "picture.png")
-    path = args.output / f"{name}.safetensors"
+    render(picture.subject, picture.style, args.background).save(folder / "picture.png")
+    path = args.output / picture.name / f"{name}.safetensors"
     parts = {word: path.with_name(f"{name}-{word}.safetensors") for word in ("content", "style")}
     if not path.is_file():
         given = {"base": args.base, "data": folder, "prompt": f"A {TOKEN}", "output": path, "overwrite": True}
@@ -102,19 +123,32 @@ def draw(
     return [Image.open(path) for path in paths]
 
 
-def count(pictures: list[Image.Image], rows: list[tuple[str, str, str]]) -> dict[str, Any]:
-    """Return shares of pictures with the wanted subject, the wanted style, and both with its interval."""
-    verdicts = judge(pictures)
-    subject = [verdict.subject == row[1] for verdict, row in zip(verdicts, rows, strict=True)]
-    style = [verdict.style == row[2] for verdict, row in zip(verdicts, rows, strict=True)]
-    both = sum(one and other for one, other in zip(subject, style, strict=True))
-    total = len(rows)
-    return {
-        "subject": round(sum(subject) / total, 3),
-        "style": round(sum(style) / total, 3),
-        "both": round(both / total, 3),
-        "both_95": [round(bound, 3) for bound in wilson(both, total)],
-    }
+@dataclass
+class Counts:
+    """Pictures with the wanted subject, with the wanted style, with both, and all."""
+
+    subject: int = 0
+    style: int = 0
+    both: int = 0
+    total: int = 0
+
+    def add(self, pictures: list[Image.Image], rows: list[tuple[str, str, str]]) -> None:
+        """Count pictures of prompts."""
+        for verdict, (_, subject, style) in zip(judge(pictures), rows, strict=True):
+            right = verdict.subject == subject, verdict.style == style
+            self.subject += right[0]
+            self.style += right[1]
+            self.both += all(right)
+            self.total += 1
+
+    def shares(self) -> dict[str, Any]:
+        """Return the shares, of both with its 95 % interval."""
+        return {
+            "subject": round(self.subject / self.total, 3),
+            "style": round(self.style / self.total, 3),
+            "both": round(self.both / self.total, 3),
+            "both_95": [round(bound, 3) for bound in wilson(self.both, self.total)],
+        }
 
 
 def main() -> None:
@@ -123,8 +157,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="starter")
-    parser.add_argument("--subject", default="unicorn")
-    parser.add_argument("--style", default="watercolor", choices=STYLES)
+    parser.add_argument(
+        "--learn",
+        type=Shown.read,
+        nargs="+",
+        default=[Shown("unicorn", "watercolor")],
+        metavar="SUBJECT:STYLE",
+        help="pictures, each learned by itself",
+    )
     parser.add_argument("--background", default="white")
     parser.add_argument("--content-blocks", default="up_blocks.3.attentions.0")
     parser.add_argument(
@@ -145,34 +185,39 @@ def main() -> None:
     }
     pipe = studio.load_base(args.base, device="cpu", precision="fp32")
     parameters, plain_rank, plain_parameters = same_size_rank(pipe, BLoraOptions(rank=args.rank, **blocks))
-    parted = train(args, "b-lora", method="b-lora", rank=args.rank, **blocks)
-    plain = train(args, "lora", method="lora", rank=plain_rank)
-    files = {
-        "no adapter": {"content": None, "style": None},
-        "b-lora, one part": parted,
-        "b-lora, whole": {"content": parted["whole"], "style": parted["whole"]},
-        "lora": {"content": plain["whole"], "style": plain["whole"]},
-    }
-    found: dict[str, dict[str, Any]] = {}
-    sheet: list[Image.Image] = [Image.open(args.output / "data" / "picture.png")] * ROWS * 2
-    for name, by_task in files.items():
-        for task, rows in prompts(args).items():
-            adapters = {by_task[task]: 1.0} if by_task[task] else {}
-            pictures = draw(args, f"{name}-{task}".replace(", ", "-").replace(" ", "-"), rows, adapters)
-            found.setdefault(name, {})[task] = count(pictures, rows)
-            sheet += pictures[:ROWS]
+    found: dict[str, dict[str, Counts]] = {}
+    sheet: list[Image.Image] = []
+    for picture in args.learn:
+        parted = train(args, picture, "b-lora", method="b-lora", rank=args.rank, **blocks)
+        plain = train(args, picture, "lora", method="lora", rank=plain_rank)
+        files = {
+            "no adapter": {"content": None, "style": None},
+            "b-lora, one part": parted,
+            "b-lora, whole": {"content": parted["whole"], "style": parted["whole"]},
+            "lora": {"content": plain["whole"], "style": plain["whole"]},
+        }
+        sheet += [Image.open(args.output / picture.name / "data" / "picture.png")] * ROWS * 2
+        for name, by_task in files.items():
+            for task, rows in prompts(args, picture).items():
+                adapters = {by_task[task]: 1.0} if by_task[task] else {}
+                folder = f"{picture.name}/{name}-{task}".replace(", ", "-").replace(" ", "-")
+                pictures = draw(args, folder, rows, adapters)
+                found.setdefault(name, {}).setdefault(task, Counts()).add(pictures, rows)
+                sheet += pictures[:ROWS]
     facts = {
         "base": args.base,
-        "picture": f"{args.subject}, {args.style}",
+        "pictures": [f"{picture.subject}, {picture.style}" for picture in args.learn],
         "blocks": blocks,
         "parameters": {"b-lora": parameters, "lora": plain_parameters},
         "ranks": {"b-lora": args.rank, "lora": plain_rank},
         "steps": args.steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
-        "pictures_each": args.pictures,
+        "drawn_each": args.pictures,
         "draw_steps": args.draw_steps,
-        "shares": found,
+        "shares": {
+            name: {task: counts.shares() for task, counts in tasks.items()} for name, tasks in found.items()
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }

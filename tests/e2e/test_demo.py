@@ -51,10 +51,10 @@ def test_plain_diffusers_draws_the_same_picture(report: DemoReport, which: str) 
     path: Path = getattr(report, which)
     ours = studio.load_base("starter", device="cpu", precision="fp32")
     with studio.compose(ours, {"robot": studio.load_adapter(path, base=ours)}):
-        wanted = draw(ours, PROMPTS[:2], seed=3, steps=4)
+        wanted = draw(ours, list(PROMPTS[:2]), seed=3, steps=4)
     theirs = StableDiffusionPipeline.from_pretrained(starter_path(), torch_dtype=torch.float32)
     theirs.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
-    for one, other in zip(wanted, draw(theirs, PROMPTS[:2], seed=3, steps=4), strict=True):
+    for one, other in zip(wanted, draw(theirs, list(PROMPTS[:2]), seed=3, steps=4), strict=True):
         difference = torch.tensor(list(one.tobytes())).int() - torch.tensor(list(other.tobytes())).int()
         assert difference.abs().max() <= 3  # of 255: merged and unmerged sums round differently in fp32
 
