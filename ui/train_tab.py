@@ -156,6 +156,7 @@ class TrainTab:
                 min_width=170,
                 elem_id="train-name",
             )
+        form.add_about()
         with gr.Row(elem_classes="fields"):
             form.add("steps", elem_id="train-steps", info=None, min_width=110)
             form.add("learning_rate", info=None, min_width=110)

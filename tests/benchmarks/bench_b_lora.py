@@ -151,6 +151,35 @@ class Counts:
         }
 
 
+def compare(
+    args: argparse.Namespace, blocks: dict[str, tuple[str, ...]], plain_rank: int
+) -> tuple[dict[str, dict[str, Any]], list[Image.Image]]:
+    """Return the shares by adapter and task, and rows of pictures: those learned, then those drawn."""
+    found: dict[str, dict[str, Counts]] = {}
+    sheet: list[Image.Image] = []
+    for picture in args.learn:
+        parted = train(args, picture, "b-lora", method="b-lora", rank=args.rank, **blocks)
+        plain = train(args, picture, "lora", method="lora", rank=plain_rank)
+        files = {
+            "no adapter": {"content": None, "style": None},
+            "b-lora, one part": parted,
+            "b-lora, whole": {"content": parted["whole"], "style": parted["whole"]},
+            "lora": {"content": plain["whole"], "style": plain["whole"]},
+        }
+        sheet += [Image.open(args.output / picture.name / "data" / "picture.png")] * ROWS * 2
+        for name, by_task in files.items():
+            for task, rows in prompts(args, picture).items():
+                adapters = {by_task[task]: 1.0} if by_task[task] else {}
+                folder = f"{picture.name}/{name}-{task}".replace(", ", "-").replace(" ", "-")
+                pictures = draw(args, folder, rows, adapters)
+                found.setdefault(name, {}).setdefault(task, Counts()).add(pictures, rows)
+                sheet += pictures[:ROWS]
+    shares = {
+        name: {task: counts.shares() for task, counts in tasks.items()} for name, tasks in found.items()
+    }
+    return shares, sheet
+
+
 def main() -> None:
     """Train both, draw, count."""
     parser = argparse.ArgumentParser(
@@ -185,25 +214,7 @@ def main() -> None:
     }
     pipe = studio.load_base(args.base, device="cpu", precision="fp32")
     parameters, plain_rank, plain_parameters = same_size_rank(pipe, BLoraOptions(rank=args.rank, **blocks))
-    found: dict[str, dict[str, Counts]] = {}
-    sheet: list[Image.Image] = []
-    for picture in args.learn:
-        parted = train(args, picture, "b-lora", method="b-lora", rank=args.rank, **blocks)
-        plain = train(args, picture, "lora", method="lora", rank=plain_rank)
-        files = {
-            "no adapter": {"content": None, "style": None},
-            "b-lora, one part": parted,
-            "b-lora, whole": {"content": parted["whole"], "style": parted["whole"]},
-            "lora": {"content": plain["whole"], "style": plain["whole"]},
-        }
-        sheet += [Image.open(args.output / picture.name / "data" / "picture.png")] * ROWS * 2
-        for name, by_task in files.items():
-            for task, rows in prompts(args, picture).items():
-                adapters = {by_task[task]: 1.0} if by_task[task] else {}
-                folder = f"{picture.name}/{name}-{task}".replace(", ", "-").replace(" ", "-")
-                pictures = draw(args, folder, rows, adapters)
-                found.setdefault(name, {}).setdefault(task, Counts()).add(pictures, rows)
-                sheet += pictures[:ROWS]
+    shares, sheet = compare(args, blocks, plain_rank)
     facts = {
         "base": args.base,
         "pictures": [f"{picture.subject}, {picture.style}" for picture in args.learn],
@@ -215,9 +226,7 @@ def main() -> None:
         "learning_rate": args.learning_rate,
         "drawn_each": args.pictures,
         "draw_steps": args.draw_steps,
-        "shares": {
-            name: {task: counts.shares() for task, counts in tasks.items()} for name, tasks in found.items()
-        },
+        "shares": shares,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }

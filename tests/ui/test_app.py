@@ -209,9 +209,10 @@ def test_answers_that_overtake_each_other_are_mended_by_the_next(train: TrainTab
     assert stop["interactive"] is False, "idle before and after, but not in between"
 
 
-def test_the_chosen_method_is_explained(generate: GenerateTab) -> None:
+def test_the_chosen_method_is_explained(generate: GenerateTab, train: TrainTab) -> None:
     about = generate.form._about
     assert about.value.startswith("Add the adapters")
+    assert train.form._about.value.startswith("Learn low-rank matrices")
     assert generate.form._described("klora").startswith("Let one adapter act on each layer")
 
 

@@ -62,7 +62,7 @@ class BLoraOptions(LowRankOptions):
 
 @TRAINERS.register("b-lora")
 class BLora(LowRankMethod):
-    """Trainer of content and style apart, from one picture.
+    """Learn the content and the style of one picture apart, as two files that mix with others' (SDXL).
 
     Differs from the paper: the down matrices start as nn.Linear does, which at SDXL's width and rank 64 is
     the same spread.

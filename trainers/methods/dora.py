@@ -18,10 +18,10 @@ class DoraOptions(LowRankOptions):
 
 @TRAINERS.register("dora")
 class Dora(LowRankMethod):
-    """Trainer of DoRA through peft's layers, which do not send gradients through the lengths' divisor.
+    """LoRA that also learns the length of every weight vector: nearer to full training, and slower.
 
-    The default format is the one whose reader computes what was trained: of the tools that read kohya's
-    names, LyCORIS alone does.
+    peft's layers send no gradients through the lengths' divisor. The default format is the one
+    whose reader computes what was trained: of the tools that read kohya's names, LyCORIS alone does.
     """
 
     Options = DoraOptions

@@ -38,7 +38,10 @@ class FullOptions(Options):
 
 @TRAINERS.register("full")
 class Full(Trainer):
-    """Trainer of the base's own weights, in fp32 copies that stand in their places."""
+    """Train the base's own weights, all or those of chosen blocks: large files and the most memory.
+
+    The copies that are trained are fp32 and stand in the weights' places.
+    """
 
     Options = FullOptions
 

@@ -22,7 +22,7 @@ class LohaOptions(RankOptions):
 
 @TRAINERS.register("loha")
 class Loha(LayerMethod):
-    """Trainer of LoHa through peft's layers."""
+    """Learn products of two low-rank matrices: the square of the rank for twice the size."""
 
     Options = LohaOptions
     kind = "loha"

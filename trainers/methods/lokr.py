@@ -49,7 +49,7 @@ class LokrOptions(LayerOptions):
 
 @TRAINERS.register("lokr")
 class Lokr(LayerMethod):
-    """Trainer of LoKr through peft's layers."""
+    """Learn Kronecker products of small matrices: high ranks in small files (DiffuseKronA)."""
 
     Options = LokrOptions
     kind = "lokr"

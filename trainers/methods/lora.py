@@ -62,7 +62,7 @@ class LoraOptions(LowRankOptions, TokenOptions):
 
 @TRAINERS.register("lora")
 class Lora(LowRankMethod):
-    """Trainer of low-rank adapters through peft's layers."""
+    """Learn low-rank matrices beside chosen layers: the usual choice, small files that every tool loads."""
 
     Options = LoraOptions
     kind = "lora"

@@ -28,7 +28,7 @@ class OftOptions(LayerOptions):
 
 @TRAINERS.register("oft")
 class Oft(LayerMethod):
-    """Trainer of rotations in the layout of LyCORIS, ComfyUI and A1111.
+    """Rotate the weights instead of adding to them; LyCORIS, ComfyUI and A1111 read the files.
 
     peft's own OFT rotates the layers' inputs instead, in a layout that no tool for pictures reads.
     """

@@ -86,7 +86,7 @@ class SaraOptions(Options):
 
 @TRAINERS.register("sara")
 class Sara(Trainer):
-    """Trainer of sparse changes: the smallest entries of every weight, without added layers."""
+    """Train the few per cent of the base's own numbers that matter least, everywhere in the UNet."""
 
     Options = SaraOptions
     format = "sara"

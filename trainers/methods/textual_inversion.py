@@ -30,7 +30,7 @@ class TextualInversionOptions(TokenOptions):
 
 @TRAINERS.register("textual-inversion")
 class TextualInversion(Trainer):
-    """Trainer of a token's embeddings alone, one or more in each text encoder."""
+    """Learn a new word of the prompt and nothing else: files of a few kilobytes."""
 
     Options = TextualInversionOptions
     format = "embedding"

@@ -33,7 +33,10 @@ class VeraOptions(LayerOptions):
 
 @TRAINERS.register("vera")
 class Vera(LayerMethod):
-    """Trainer of VeRA through peft's layers; other tools have no form for it, so a LoRA is written."""
+    """Learn scales of random matrices that all layers share: very few numbers, written as a LoRA.
+
+    Other tools have no form for VeRA.
+    """
 
     Options = VeraOptions
     kind = "lora"
