@@ -23,7 +23,7 @@ Speak = Callable[[Mapping[str, float]], None]
 class Prompts:
     """Follows ``encode_prompt`` of a pipeline; encodes what a plan wants beside.
 
-    Every text is encoded once for each call of the pipeline.
+    Every text is encoded once for each call of the pipeline, also where several branches ask for it.
 
     Args:
         pipe: The pipeline.
@@ -90,11 +90,15 @@ class Prompts:
         try:
             own = encode(**arguments)
             if asked is not None:
-                weights = [plan.text_weights, *(text.weights for text in plan.texts.values())]
-                others = [self._encoded(encode, arguments, text) for text in plan.texts.values()]
-                own, *others = self._as_long(encode, arguments, [own, *others], weights)
-                for name, embeddings in zip(plan.texts, others, strict=True):
-                    self._keep(name, *embeddings)
+                texts, found = [Text(plan.text_weights)], [own]
+                for text in plan.texts.values():
+                    if text not in texts:
+                        texts.append(text)
+                        found.append(self._encoded(encode, arguments, text))
+                found = self._as_long(encode, arguments, found, [text.weights for text in texts])
+                own = found[0]
+                for name, text in plan.texts.items():
+                    self._keep(name, *found[texts.index(text)])
         finally:
             self._speak(plan.text_weights)
         self.followed = True

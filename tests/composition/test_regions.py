@@ -147,6 +147,19 @@ def test_a_region_may_have_a_prompt_of_its_own(sd: Any, adapters: Any, draw: Any
     torch.testing.assert_close(got, fox * inside + (1 - fox) * outside, rtol=1e-4, atol=1e-4)  # 7.5 x CLOSE
 
 
+def test_a_prompt_that_several_regions_share_is_encoded_once(sd: Any, adapters: Any, draw: Any) -> None:
+    regions = {"fox": half("left"), "owl": half("right")}
+    placed = {name: adapters[name] for name in regions}
+    encoded: list[int] = []
+    handle = sd.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    for said in ({"fox": "snow", "owl": "snow"}, {"fox": "snow", "owl": "fog"}):
+        with compose(sd, placed, method="regions", options={"regions": regions, "region_prompts": said}):
+            draw(sd, steps=1)
+    handle.remove()
+    # The pipeline's prompt and those of the regions, each with the negative one.
+    assert len(encoded) == 2 * (1 + 1) + 2 * (1 + 2)
+
+
 def test_the_backgrounds_prompt_is_that_of_the_rest() -> None:
     plan = prepared(
         NAMES,
