@@ -100,11 +100,11 @@ def test_on_the_embedded_base_the_evaluator_says_what_is_shown(tmp_path: Path) -
     from studio.assets.builder.evaluator import judge
 
     group = "up_blocks.3.attentions.0+up_blocks.3.attentions.2"
-    report = studio.probe(spec("starter", tmp_path, steps=4, groups=(group,), batch_size=1))
+    report = studio.probe(spec("starter", tmp_path, steps=2, groups=(group,), batch_size=1))
     pairs = json.loads(report.table.read_text())["pairs"]
     for pair in pairs:
         for row, prompt in ((NONE, pair["own"]["prompt"]), (ALL, pair["other"]["prompt"])):
-            (drawn,) = studio.generate_batch([prompt], seeds=[pair["seed"]], steps=4, device="cpu")
+            (drawn,) = studio.generate_batch([prompt], seeds=[pair["seed"]], steps=2, device="cpu")
             (verdict,) = judge([drawn.image])
             seen = verdict.subject if pair["kind"] == "content" else verdict.style
             assert pair["seen"][row] == seen
