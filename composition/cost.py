@@ -152,7 +152,7 @@ class PictureCost:
         self._before = Passes()
 
     def take(self, pictures: int, *, height: int, width: int) -> Cost | None:
-        """Return what each of the pictures since the last call cost; None where no features were kept.
+        """Return what each of the pictures since the last call cost; None where that is what the base costs.
 
         Args:
             pictures: Drawn since then, all of one size.
@@ -166,7 +166,7 @@ class PictureCost:
         own = Passes(
             *((now - then) // pictures for now, then in zip(*map(astuple, (passes, before)), strict=True))
         )
-        if not own.shallow:
+        if not own.shallow and own.full == own.asked:
             return None
         scale = self._pipe.vae_scale_factor
         return Cost(

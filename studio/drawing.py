@@ -33,7 +33,7 @@ class Result:
         seed: Of its noise.
         infotext: Its settings in the form that other programs read.
         path: Its file, or None if it was not written.
-        cost: What the denoiser computed for it, where a cache took part; else None.
+        cost: What the denoiser computed for it, where that is not what the base alone computes; else None.
     """
 
     image: "Image"
@@ -110,7 +110,7 @@ def draw_all(
                 spec, path = specs[place], paths[place] if paths else None
                 known = replace(facts, width=image.width, height=image.height)
                 if cost:
-                    known = replace(known, macs=cost.total, cached_share=cost.cached_share)
+                    known = replace(known, macs=cost.total, cached_share=cost.cached_share or None)
                 text = write_png(image, path, spec, known) if path else infotext(spec, known)
                 done += 1
                 if path:

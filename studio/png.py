@@ -66,7 +66,7 @@ class Facts:
         adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order.
         embeddings: Of the adapters those that are embeddings, by path as in the specification.
         version: Of this program.
-        macs: Multiply-accumulates of the denoiser for this picture, where a cache took part.
+        macs: Multiply-accumulates of the denoiser for this picture, where they are not the base's alone.
         cached_share: Share of its evaluations with deep features of an earlier step, where a cache took part.
     """
 

@@ -52,8 +52,8 @@ def run(parser: Parser, argv: Sequence[str]) -> int:
 
         results = api.generate(spec, on_event=on_event, stop=stop)
     if results and (cost := results[-1].cost):
-        kept = f"{cost.cached_share:.0%} of the evaluations from kept features"
-        say(f"denoiser: {cost.total / 1e9:.3g} GMACs a picture, {cost.ratio:.2f} x the base's; {kept}")
+        kept = f"; {cost.cached_share:.0%} of the evaluations from kept features" if cost.cached_share else ""
+        say(f"denoiser: {cost.total / 1e9:.3g} GMACs a picture, {cost.ratio:.2f} x the base's{kept}")
     for result in results:
         print(result.path)
     return INTERRUPTED if len(results) < spec.count else 0

@@ -71,7 +71,9 @@ PROVIDERS: dict[str, Provider] = {
     "composite of 3, a loop": composed("composite", 3, batched=False),
     "composite of 3, peft one after the other": rival(one_after_the_other, 3),
     "klora of 2": composed("klora", 2),
+    "base, cache 1:3": composed("merge", 0, modifiers={"cache": CACHE}),
     "merge of 3, cache 1:3": composed("merge", 3, modifiers={"cache": CACHE}),
+    "merge of 3, last 30 % unguided": composed("merge", 3, modifiers={"skip-guidance": {"start": 0.7}}),
     "cmlora of 3, interval 3": composed(
         "cmlora", 3, options={"interval": 3, "roles": {"a0": "high", "a1": "high", "a2": "low"}}
     ),

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_composition.py            # the grid for a CPU; call again to go on
     python tests/benchmarks/bench_composition.py --full     # all pairs and triples, 5 seeds
+    python tests/benchmarks/bench_composition.py --base MODEL --results FILE --work FOLDER    # another base
     python tests/benchmarks/bench_composition.py --into docs/composing-results.md    # the tables, no work
     python tests/benchmarks/bench_composition.py --sheet sheet.png
 
-Adapters are trained on what the embedded starter was never shown: subjects, styles and backgrounds. A set is
+Adapters are trained on what the embedded base was never shown: subjects, styles and backgrounds. A set is
 a subject with a style, a background or both; fours and fives add subjects that the prompt does not name,
 whose adapters can only disturb. Every method draws every set with the same prompts and seeds, and the
 evaluator says whether the picture has the subject, the style and the background that the prompt names. Every
@@ -77,6 +78,21 @@ Kinds = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class Workplace:
+    """Where the work is done.
+
+    Attributes:
+        base: Name or folder of the model.
+        folder: Of adapters and pictures, of this base alone.
+        device: As the studio names it.
+    """
+
+    base: str
+    folder: Path
+    device: str
+
+
+@dataclass(frozen=True)
 class Set:
     """Adapters in one picture.
 
@@ -142,21 +158,21 @@ def write_pictures(kind: str, thing: str, folder: Path) -> None:
         (folder / f"{number}.txt").write_text(caption(words))
 
 
-def trained(kind: str, thing: str, work: Path, device: str) -> Path:
+def trained(kind: str, thing: str, work: Workplace) -> Path:
     """Return the file of an adapter, trained now if it is not there."""
-    path = work / "adapters" / f"{kind}-{thing}.safetensors"
+    path = work.folder / "adapters" / f"{kind}-{thing}.safetensors"
     if not path.is_file():
-        write_pictures(kind, thing, work / "data" / thing)
+        write_pictures(kind, thing, work.folder / "data" / thing)
         studio.train(
             studio.TrainSpec.model_validate(
                 TRAINING
                 | {
-                    "base": "starter",
-                    "data": work / "data" / thing,
+                    "base": work.base,
+                    "data": work.folder / "data" / thing,
                     "output": path,
                     "overwrite": True,
                     "method": "lora",
-                    "device": device,
+                    "device": work.device,
                 }
             )
         )
@@ -186,11 +202,11 @@ def strangers(chosen: Set) -> tuple[str, ...]:
     return tuple(each.name for each in HELD_OUT_SUBJECTS if ("subject", each.name) not in chosen.asked)
 
 
-def draw(chosen: Set, row: str, seeds: Sequence[int], work: Path, device: str) -> dict[str, Any]:
+def draw(chosen: Set, row: str, seeds: Sequence[int], work: Workplace) -> dict[str, Any]:
     """Draw and judge one set with one method; return its line of the results and leave its pictures."""
     method, options = METHODS.get(row, ("merge", {}))
-    paths = [] if row == "base" else [trained(kind, thing, work, device) for kind, thing in chosen.adapters]
-    pipe = studio.load_base("starter", device=device)
+    paths = [] if row == "base" else [trained(kind, thing, work) for kind, thing in chosen.adapters]
+    pipe = studio.load_base(work.base, device=work.device)
     adapters = {path.stem: studio.load_adapter(path, base=pipe) for path in paths}
     if "triggers" in COMPOSERS[method].Options.model_fields:
         words = {f"{kind}-{thing}": TRIGGERS[kind].format(thing) for kind, thing in chosen.adapters}
@@ -202,7 +218,7 @@ def draw(chosen: Set, row: str, seeds: Sequence[int], work: Path, device: str) -
             pictures += pipe(chosen.prompt(), num_inference_steps=STEPS, generator=generator).images
     seconds = (time.process_time() - start) / len(seeds)
     for seed, picture in zip(seeds, pictures, strict=True):
-        picture.save(work / f"{row}-{chosen.name}-{seed}.png".replace(": ", "-"))
+        picture.save(work.folder / f"{row}-{chosen.name}-{seed}.png".replace(": ", "-"))
     return {
         "right": [score(chosen, verdict) for verdict in judge(pictures)],
         "cpu_seconds": round(seconds, 2),
@@ -315,8 +331,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the grid for a GPU")
     parser.add_argument("--into", type=Path, help="a document whose tables are replaced; does no work")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet and do no work")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=Path("out") / "bench_composition")
+    parser.add_argument("--base", default="starter", help="name or folder of an embedded base model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="of one base")
+    parser.add_argument("--work", type=Path, default=Path("out") / "bench_composition", help="of one base")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -333,9 +350,15 @@ def main() -> None:
         name = key(chosen, row, seeds)
         if name in read(args.results):
             continue
-        line = {"cell": name, "row": row, "set": chosen.name, "size": chosen.size}
+        line = {
+            "cell": name,
+            "row": row,
+            "set": chosen.name,
+            "size": chosen.size,
+            "base": Path(args.base).name,
+        }
         try:
-            line |= draw(chosen, row, seeds, args.work, args.device)
+            line |= draw(chosen, row, seeds, Workplace(args.base, args.work, args.device))
         except CompositionError as error:
             line["refused"] = str(error).split(". ")[0]
         with args.results.open("a") as file:

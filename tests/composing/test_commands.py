@@ -113,6 +113,12 @@ def test_a_drawing_with_a_cache_says_what_it_cost(
         parse_spec(GenerateSpec, {**fields, "modifiers": {}, "count": 1, "overwrite": True})
     )
     assert plain.cost is None
+    skipping = {"skip-guidance": {"start": 0.5}}
+    (halved,) = studio.generate(
+        parse_spec(GenerateSpec, {**fields, "modifiers": skipping, "count": 1, "overwrite": True})
+    )
+    # Half of the steps evaluate one row instead of two.
+    assert halved.cost and halved.cost.ratio == 0.75 and halved.cost.cached_share == 0
     words = ("generate", "--base", "BASE", "--prompt", "x", "--steps", "8", "--output", "c")
     assert "denoiser: " not in run(*words)[2]
     _, _, err = run(*words, "--overwrite", "--with", "cache:interval=3,full-first=1,full-last=1")

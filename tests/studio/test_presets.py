@@ -1,6 +1,7 @@
 """Presets: each is a run that works, and says why."""
 
 import re
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 import studio
 from studio import cli
 from studio.errors import SpecError, UsageError
+from studio.models import quantization
 from studio.presets import preset, presets
 from studio.specs import TrainSpec, parse_spec
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "presets"
 TASKS, CARDS = ("subject", "style", "b-lora", "sara"), ("8gb", "12gb")
 NEEDED = {"data": "pictures", "output": "a.safetensors"}
-# What only NVIDIA GPUs have.
-PLAIN = {"optimizer": "adamw", "quantize_base": "none"}
+# bitsandbytes quantises on any device, but keeps 8-bit moments on GPUs only.
+ON_CPU = {"optimizer": "adamw"}
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +82,16 @@ def test_the_smallest_card_asks_for_what_saves_most() -> None:
     assert parse_spec(TrainSpec, {**preset("8gb", "sara"), **NEEDED}).optimizer == "adamw"
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_what_the_smallest_card_needs_is_said(tmp_path: Path, tiny_base: str, pictures: Path) -> None:
+def test_what_the_smallest_card_needs_is_said(
+    tmp_path: Path, tiny_base: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    for package in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, package, None)
     given = {"base": tiny_base, "data": pictures, "prompt": "disc", "output": tmp_path / "a.safetensors"}
     given |= {"device": "cpu", "steps": 1}
-    for left in ("optimizer", "quantize_base"):
-        spec = TrainSpec(**preset("8gb", "subject") | given | {left: PLAIN[left]})
+    for plain in ({"optimizer": "adamw"}, {"quantize_base": "none"}):
+        spec = TrainSpec(**preset("8gb", "subject") | given | plain)
         with pytest.raises(studio.StudioError, match=r"bitsandbytes|diffusion-studio\[gpu\]"):
             studio.train(spec)
 
@@ -93,7 +99,11 @@ def test_what_the_smallest_card_needs_is_said(tmp_path: Path, tiny_base: str, pi
 @pytest.mark.parametrize(
     ("names", "changed"),
     [
-        (["8gb", "subject"], PLAIN),
+        pytest.param(
+            ["8gb", "subject"],
+            ON_CPU,
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="it quantises"),
+        ),
         (["12gb", "style"], {"sample_every": 0, "gradient_accumulation": 2}),
         # The layers of the tiny base have 32 channels, less than the rank and than what the rank term takes.
         (["b-lora"], {"rank": 4, "alpha": 4, "sample_every": 0}),
