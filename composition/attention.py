@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from studio.composition.executor import Job
 from studio.composition.mixing import half
 from studio.composition.plan import Step
 from studio.errors import CompositionError
+from studio.models.gradients import GradientScale, frozen
 from studio.models.shadow import shadowed
 
 _REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
@@ -34,15 +35,10 @@ class AttentionMaps:
         maps: ``[B, tokens, h, w]`` by region, mean over layers and heads.
 
     Raises:
-        CompositionError: If the UNet is compiled, or something else acts in one of the layers.
+        CompositionError: If something else acts in one of the layers.
     """
 
     def __init__(self, unet: Any, layers: Sequence[str]) -> None:
-        if hasattr(unet, "_orig_mod"):
-            raise CompositionError(
-                "attention maps cannot be read of a compiled UNet. Compose on the pipeline before "
-                "torch.compile, or choose another method."
-            )
         self._modules = [unet.get_submodule(name) for name in layers]
         for name, module in zip(layers, self._modules, strict=True):
             if not isinstance(module.processor, _REPLACEABLE):
@@ -103,12 +99,14 @@ class View:
             that an inpainting model has beside them.
         regions: Of the branches that answer for the conditional rows.
         attended: From a region and latents to what its branch attends to there.
+        unet: What is evaluated.
     """
 
     step: Step
     latents: Tensor
     regions: Sequence[str]
     attended: Callable[[str, Tensor], Tensor]
+    unet: nn.Module
 
     def gradient(self, latents: Tensor, loss: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
         """Return the gradient of a loss of all branches' maps by the latents, fp32.
@@ -119,16 +117,24 @@ class View:
         Args:
             latents: Where.
             loss: From the maps ``[B, tokens, h, w]`` by region to a number.
+
+        Raises:
+            BaseModelError: If it is not finite.
         """
         with torch.no_grad():
             maps = {region: self.attended(region, latents) for region in self.regions}
-        with torch.enable_grad():
+        scale = GradientScale()
+        with torch.enable_grad(), frozen(self.unet):
             leaves = {region: each.detach().requires_grad_() for region, each in maps.items()}
             pulls = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True)
             total = torch.zeros_like(latents, dtype=torch.float32)
             for region, pull in zip(leaves, pulls, strict=True):
                 if pull is not None:
                     at = latents.detach().requires_grad_()
-                    (slope,) = torch.autograd.grad(self.attended(region, at), at, pull)
-                    total += slope
+                    (slope,), factor = scale.finite(partial(self._slope, region, at, pull))
+                    assert slope is not None
+                    total += slope.float() / factor
         return total
+
+    def _slope(self, region: str, at: Tensor, pull: Tensor, factor: float) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.attended(region, at), at, pull * factor)

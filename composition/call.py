@@ -56,6 +56,12 @@ class Call:
         sample: Tensor = self.arguments["sample"]
         return sample
 
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt embeddings ``[B, tokens, width]``."""
+        prompt: Tensor = self.arguments[_EMBEDDINGS]
+        return prompt
+
     def rows(self, rows: slice) -> "Call":
         """Return the same call for some rows only."""
         size = len(self.latents)
@@ -92,11 +98,10 @@ class Call:
 
     def check_prompt_alike(self, text: Embeddings) -> None:
         """Raise CompositionError unless embeddings are of the batch that the call is for."""
-        own = self.arguments[_EMBEDDINGS]
-        if text.tokens.shape != own.shape:
+        if text.tokens.shape != self.prompt.shape:
             raise CompositionError(
                 f"prompt embeddings of a branch are {list(text.tokens.shape)}, the denoiser was called with "
-                f"{list(own.shape)}. Let the pipeline encode the prompts of each call itself."
+                f"{list(self.prompt.shape)}. Let the pipeline encode the prompts of each call itself."
             )
 
 

@@ -60,7 +60,7 @@ def break_down(
             )
         return tuple(range(first, behind))
 
-    found = _spans(prompt, concepts)
+    found = find_concepts(prompt, concepts)
     prompts: dict[str, str] = {}
     own: dict[str, Places] = {}
     named: dict[str, dict[str, Places]] = {}
@@ -84,7 +84,12 @@ def break_down(
     return Breakdown(prompts, base, named, own)
 
 
-def _spans(prompt: str, concepts: Mapping[str, str]) -> dict[str, Span]:
+def find_concepts(prompt: str, concepts: Mapping[str, str]) -> dict[str, Span]:
+    """Return where a prompt names each concept, by adapter; of equal words each has the next that is left.
+
+    Raises:
+        CompositionError: If the prompt lacks words.
+    """
     taken: dict[str, Span] = {}
     for adapter, words in concepts.items():
         free = [

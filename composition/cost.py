@@ -151,6 +151,11 @@ class PictureCost:
         self._composition = composition
         self._before = Passes()
 
+    def leave_out(self) -> None:
+        """Count what was evaluated since the last call for no picture."""
+        if self._composition is not None:
+            self._before = replace(self._composition.passes)
+
     def take(self, pictures: int, *, height: int, width: int) -> Cost | None:
         """Return what each of the pictures since the last call cost; None where that is what the base costs.
 

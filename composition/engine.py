@@ -1,10 +1,10 @@
 """The engine: make a plan happen inside an ordinary diffusers pipeline, and leave the pipeline as it was.
 
-It attaches to the components - the denoiser's ``forward``, a hook on each text encoder, the scheduler's
+It attaches to the components - calls of the denoiser, a hook on each text encoder, the scheduler's
 ``set_timesteps`` and ``step`` - so every pipeline that shares them (image-to-image, inpainting, ControlNet)
-is composed too; of the pipeline itself it follows ``encode_prompt``, for plans that want further prompts. A
-step of one branch is the denoiser's own forward pass, operation for operation, with weights that the bank
-forms only when the weighting changes.
+is composed too; of the pipeline itself it follows ``encode_prompt``, for plans that want further prompts or
+part the rows with the prompt from those without. A step of one branch is the denoiser's own forward pass,
+operation for operation, with weights that the bank forms only when the weighting changes.
 """
 
 import logging
@@ -26,6 +26,7 @@ from studio.composition.call import Call
 from studio.composition.executor import Executor, Job, Passes, collect, of_encoders
 from studio.composition.feature_cache import FeatureCache
 from studio.composition.fit import (
+    changed_components,
     check_adapters,
     check_pipeline,
     check_weights,
@@ -34,6 +35,7 @@ from studio.composition.fit import (
     fit_adapters,
     tokens_of,
 )
+from studio.composition.interposition import Interposition
 from studio.composition.mixing import Mixer, check_branches, half
 from studio.composition.multistep import check_restarts
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, PlanRow, Request, Step
@@ -42,7 +44,6 @@ from studio.composition.position import Position
 from studio.composition.prompts import Prompts
 from studio.errors import CompositionError
 from studio.models.architecture import architecture
-from studio.models.shadow import shadowed
 from studio.models.tokens import AddedTokens, tokenizer_of
 from studio.specs import Options as MethodOptions
 
@@ -93,7 +94,10 @@ def compose(
     """
     check_adapters(adapters)
     components = components_of(pipe)
-    check_pipeline({name: getattr(part, "_orig_mod", part) for name, part in components.items()})
+    check_pipeline(
+        {name: getattr(part, "_orig_mod", part) for name, part in components.items()},
+        changed_components(adapters),
+    )
     all_weights = check_weights(adapters, weights or {})
     base = BaseInfo(architecture(pipe), canonical_names(components), pipe)
     tokens = tokens_of(adapters, all_weights)
@@ -177,7 +181,9 @@ class Composition:
         taught = set(self._tokens.embeddings) if self._tokens is not None else set()
         encoders = sorted({name.split(".", 1)[0] for name in spoken} | taught)
         self._speaks = bool(encoders)
-        self._position = Position(self._pipe.scheduler, self._pipe)
+        self._unet = self._pipe.unet
+        self._denoiser = Interposition(self._unet, self._denoise)
+        self._position = Position(self._pipe.scheduler, self._pipe, self._before_run)
         self._mixer = Mixer()
         with ExitStack() as stack:
             parts = [self._components[name] for name in ("unet", *encoders)]
@@ -195,8 +201,7 @@ class Composition:
             for name in encoders:
                 encoder = getattr(self._pipe, name)
                 stack.callback(encoder.register_forward_pre_hook(self._before_encoding).remove)
-            self._forward = self._pipe.unet.forward
-            stack.enter_context(shadowed(self._pipe.unet, {"forward": self._denoise}))
+            stack.enter_context(self._denoiser)
             if self.plan.constant and _plain(branches := self.plan.at(_ANY_STEP)):
                 self._executor.act(branches[0])
             self._stack = stack.pop_all()
@@ -212,7 +217,12 @@ class Composition:
 
     def _prepared(self, request: Request | None) -> Plan:
         """Return the plan for what the pipeline is asked for."""
-        if request is not None and self._planner.reads_prompt:
+        if self._planner.reads_prompt:
+            if request is None:
+                raise CompositionError(
+                    "this composition goes by the words of the prompt, but embeddings were given: pass the "
+                    "prompt as text."
+                )
             self.plan = self._planner.plan(request)
         return self.plan
 
@@ -223,12 +233,23 @@ class Composition:
     def _before_encoding(self, encoder: nn.Module, args: Any) -> None:
         self._encoded = True
 
+    def _before_run(self) -> None:
+        """Stand where the denoiser is called, whatever was done to it since the last run."""
+        if self._pipe.unet is not self._unet:
+            raise CompositionError(
+                "the pipeline's UNet was replaced inside the 'with' block, such as by torch.compile. Do that "
+                "before compose()."
+            )
+        self._denoiser.attach()
+
     def _denoise(self, *args: Any, **kwargs: Any) -> Any:
         """Answer one call of the denoiser as the plan says."""
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        sample, timestep, prompt = (
+            kwargs[name] if name in kwargs else args[place] for place, name in enumerate(_GIVEN)
+        )
         run = self._position.run(timestep)
         if run is not None and run is not self._checked:
-            self._check_run(run)
+            self._check_run(run, prompt)
             self._checked = run
         step = _ANY_STEP if self.plan.constant else self._position.step(timestep)
         if step is None:
@@ -241,17 +262,19 @@ class Composition:
         if self.plan.restarts(step):
             self._position.restart()
         branches = self.plan.at(step)
-        rows = len(kwargs["sample"] if "sample" in kwargs else args[0])
+        rows = len(sample)
         self.passes.asked += rows
         if _plain(branches):
             self._executor.act(branches[0])
             self.passes.full += rows
-            return self._forward(*args, **kwargs)
-        return self._several(Call.bind(self._pipe.unet, args, kwargs), branches, step)
+            return self._denoiser.evaluate(*args, **kwargs)
+        return self._several(Call.bind(self._unet, args, kwargs), branches, step)
 
     def _several(self, call: Call, branches: Sequence[Branch], step: Step) -> Any:
         """Answer a call by what its branches say together."""
-        guided = self._guided(call)
+        # Where all branches answer for all rows with the call's own prompt, nothing depends on guidance.
+        apart = any(branch.rows != "all" or branch.text is not None for branch in branches)
+        guided = (apart or self._maps is not None) and self._prompts.guides(call.prompt)
         asked = [branch for branch in branches if guided or branch.answers_for("conditional")]
         if self._maps is not None and step.index != self._steered:
             call = self._steer(call, asked, step, guided=guided)
@@ -267,7 +290,7 @@ class Composition:
                 return self._cache.reusing([slot for slot, _ in slots])
             return self._cache.keeping(slots, step=step.index)
 
-        answers = self._executor.answers(self._forward, jobs, keep)
+        answers = self._executor.answers(self._denoiser.evaluate, jobs, keep)
         regions = self.plan.regions if self._maps is None else self.plan.found(self._maps.maps)
         answer = self._mixer.mixed(asked, answers, guided=guided, regions=regions, feather=self.plan.feather)
         return call.answered(answer)
@@ -279,7 +302,7 @@ class Composition:
         self._steered = step.index
         own = call.rows(half(len(call.latents), "conditional")) if guided else call
         # Behind the latents an inpainting model is given its mask and picture.
-        channels = self._pipe.unet.config.out_channels
+        channels = self._unet.config.out_channels
         latents, others = own.latents.tensor_split([channels], dim=1)
         asked = {
             branch.region: replace(branch, rows="all")
@@ -290,10 +313,10 @@ class Composition:
         def attended(region: str, latents: Tensor) -> Tensor:
             given = own.at(torch.cat([latents, others], dim=1))
             job = self._job(given, asked[region], step, guided=False)
-            self._executor.answers(self._forward, [job], partial(maps.watching, guided=False))
+            self._executor.answers(self._denoiser.evaluate, [job], partial(maps.watching, guided=False))
             return maps.maps[region]
 
-        moved = self.plan.steered(View(step, latents, list(asked), attended))
+        moved = self.plan.steered(View(step, latents, list(asked), attended, self._unet))
         if moved is None:
             return call
         shift = moved - latents
@@ -317,21 +340,23 @@ class Composition:
         )
         return Job(branch, call, shallow)
 
-    def _guided(self, call: Call) -> bool:
-        """Return whether the batch is the unconditional rows and then the conditional ones."""
-        guided = bool(getattr(self._pipe, "do_classifier_free_guidance", False))
-        if guided and len(call.latents) % 2:
-            raise CompositionError(
-                f"{len(call.latents)} rows were given to the denoiser where guidance makes an even number. "
-                "Call the pipeline given to compose(), without perturbed-attention guidance."
-            )
-        return guided
+    def _check_run(self, run: Sequence[Step], prompt: Tensor) -> None:
+        """Raise, before the first evaluation of a run, what would otherwise show in its middle.
 
-    def _check_run(self, run: Sequence[Step]) -> None:
-        """Raise, before the first evaluation of a run, what would otherwise show in its middle."""
+        Args:
+            run: The step of each denoiser call.
+            prompt: Embeddings that the denoiser is called with.
+        """
+        if self._planner.reads_prompt:
+            # The plan is for the prompt that was encoded last: this must be it.
+            self._prompts.guides(prompt)
+        self._executor.check()
         self.plan.check(run[0].total)
         self._steered = -1
-        self._maps = AttentionMaps(self._pipe.unet, self.plan.watched) if self.plan.watched else None
+        self._maps = None
+        if self.plan.watched:
+            self._denoiser.check_uncompiled("attention maps cannot be read")
+            self._maps = AttentionMaps(self._unet, self.plan.watched)
         if any(self.plan.restarts(step) for step in run):
             check_restarts(self._pipe.scheduler)
         steps = [self.plan.at(step) for step in run]
@@ -342,12 +367,8 @@ class Composition:
                     "a method that reads attention maps at every step cannot take layers from a cache. Leave "
                     "the cache out."
                 )
-            if hasattr(self._pipe.unet, "_orig_mod"):
-                raise CompositionError(
-                    "features cannot be kept of a compiled UNet. Compose on the pipeline before "
-                    "torch.compile, or choose a method without a cache."
-                )
-            self._cache = FeatureCache(self._pipe.unet, self.plan.cut)
+            self._denoiser.check_uncompiled("features cannot be kept")
+            self._cache = FeatureCache(self._unet, self.plan.cut)
         if self._speaks and not self._encoded:
             logger.warning(
                 "the prompt was encoded before compose(): the adapters' text-encoder parts do not act on "
@@ -356,6 +377,8 @@ class Composition:
 
 
 _ANY_STEP = Step(0, 1, 0.0)
+# Of a denoiser's call, in their places.
+_GIVEN = ("sample", "timestep", "encoder_hidden_states")
 
 
 def _plain(branches: Sequence[Branch]) -> bool:

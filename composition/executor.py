@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from studio.adapters.adapter import Adapter, Change
 from studio.adapters.bank import Recipe, WeightBank
 from studio.adapters.live import Changes, LiveLayers
+from studio.adapters.parameters import find_parameter
 from studio.composition.call import Call, joined
 from studio.composition.plan import Branch, LayerWeights, layers_over
 from studio.errors import CompositionError
@@ -113,6 +114,21 @@ class Executor:
         # What belongs to the bank and the layers that are left.
         self._bank = self._live = self._acting = None
         self._recipes.clear()
+
+    def check(self) -> None:
+        """Make good what offloading, turned on or off since, did to the denoiser's layers.
+
+        Raises:
+            CompositionError: If it has taken weights away that were to be written to.
+        """
+        if self._live is not None:
+            self._live.attach()
+        written = () if self._bank is None else self._bank.names
+        if any(find_parameter(self._components, name).is_meta for name in written):
+            raise CompositionError(
+                "the UNet was offloaded layer by layer inside the 'with' block, with the adapters' changes "
+                "in its weights. Load the base anew and offload it before compose()."
+            )
 
     def act(self, branch: Branch) -> None:
         """Give the denoiser the weights of a branch, unless it has them."""

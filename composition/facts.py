@@ -1,4 +1,4 @@
-"""Facts that were measured of adapters, kept in the workspace and never in the user's files.
+"""Facts that were measured of adapters and bases, kept in the workspace and never in the user's files.
 
 A fact is a JSON object under a kind ("layer-sums") and a key, a text that names everything it was measured
 on, such as an adapter's content and the base's fingerprint. Each lies in a file of its own, which is written
@@ -67,9 +67,10 @@ def put(kind: str, key: str, value: Mapping[str, Any]) -> None:
 
 
 def content_hash(adapter: Adapter) -> str:
-    """Return a sha256 over an adapter's changes and tokens: names, shapes, types and every number.
+    """Return a sha256 over an adapter's changes and tokens: names, sizes, types and every number.
 
-    Neither its name nor its metadata count.
+    Neither its name nor its metadata count, nor whether it was fitted to a base: what it tells is found again
+    where only the file is at hand.
     """
     digest = hashlib.sha256()
     for name, change in sorted(adapter.changes.items()):
@@ -91,12 +92,18 @@ def _hash(digest: Any, name: str, value: Any) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        sizes = list(value.shape)
+        # A linear layer and a 1x1 convolution stand for each other.
+        while sizes[2:] and sizes[-1] == 1:
+            sizes.pop()
+        digest.update(f"{name} {value.dtype} {sizes}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return
     parts: Mapping[str, Any] | None = None
     if dataclasses.is_dataclass(value):
-        parts = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        # The shape of a change is that of the base's parameter.
+        own = (each.name for each in dataclasses.fields(value) if each.name != "shape")
+        parts = {each: getattr(value, each) for each in own}
     elif isinstance(value, Mapping):
         parts = value
     elif isinstance(value, tuple):

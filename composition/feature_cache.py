@@ -61,15 +61,6 @@ class FeatureCache:
         self._middle = unet.mid_block if cut.level + 1 < len(down) else None
         self._slots: dict[Hashable, _Kept] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the kept features take."""
-        return sum(_tensor(kept.output).nbytes for kept in self._slots.values())
-
-    def clear(self) -> None:
-        """Forget all features."""
-        self._slots.clear()
-
     def has(self, slot: Hashable, *, rows: int, since: int) -> bool:
         """Return whether a slot has features of that many rows, kept at step ``since`` or later."""
         kept = self._slots.get(slot)

@@ -1,15 +1,17 @@
 """Whether a pipeline can be composed on and adapters and weights fit it, before anything is touched."""
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import chain
+from dataclasses import fields, is_dataclass, replace
+from itertools import chain, combinations
 from numbers import Real
 from threading import Lock
 from typing import Any, cast
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from studio.adapters.adapter import Adapter, Change, KindOfChange
@@ -18,6 +20,7 @@ from studio.adapters.parameters import find_parameter
 from studio.errors import AdapterError, CompositionError, UsageError
 from studio.registry import nearest
 
+logger = logging.getLogger(__name__)
 _SHOWN = 4
 _claimed: WeakSet[Any] = WeakSet()
 _lock = Lock()
@@ -46,8 +49,20 @@ def claim(parts: Sequence[Any]) -> Iterator[None]:
             _claimed.difference_update(parts)
 
 
-def check_pipeline(components: Mapping[str, nn.Module]) -> None:
-    """Raise CompositionError if weights of the components are not plainly there to be changed."""
+def changed_components(adapters: Mapping[str, Adapter]) -> set[str]:
+    """Return the names of the components that adapters change or teach tokens."""
+    changed = {name.partition(".")[0] for adapter in adapters.values() for name in adapter.changes}
+    taught = {name for adapter in adapters.values() for rows in adapter.tokens.values() for name in rows}
+    return changed | taught
+
+
+def check_pipeline(components: Mapping[str, nn.Module], changed: Collection[str]) -> None:
+    """Raise CompositionError if weights of the components are not plainly there to be changed.
+
+    Args:
+        components: Without what torch.compile wraps around them.
+        changed: Names of those that adapters change.
+    """
     if "unet" not in components:
         raise CompositionError("the pipeline has no 'unet'. Choose an SD 1.x, SD 2.x or SDXL base.")
     for name, component in components.items():
@@ -57,9 +72,10 @@ def check_pipeline(components: Mapping[str, nn.Module]) -> None:
             raise CompositionError(
                 f"{name} has live peft layers. Call pipe.unload_lora_weights() before compose()."
             )
-        if name != "unet" and any(parameter.is_meta for parameter in component.parameters()):
+        written = name != "unet" and name in changed
+        if written and any(parameter.is_meta for parameter in component.parameters()):
             raise CompositionError(
-                f"the weights of {name} are offloaded layer by layer, so they cannot be merged. Use "
+                f"the weights of {name} are offloaded layer by layer, so no adapter can change them. Use "
                 "pipe.enable_model_cpu_offload() instead of sequential offload."
             )
         _check_groups(name, component)
@@ -145,7 +161,7 @@ def _plain(parameter: nn.Parameter) -> bool:
 
 
 def check_adapters(adapters: Any) -> None:
-    """Raise UsageError unless these are adapters by name."""
+    """Raise UsageError unless these are adapters by name, each under one name."""
     if not isinstance(adapters, Mapping):
         raise UsageError(
             f"adapters: a table from names to adapters is wanted, such as {{'dog': dog}}, got "
@@ -155,6 +171,31 @@ def check_adapters(adapters: Any) -> None:
         if not isinstance(adapter, Adapter):
             kind = type(adapter).__name__
             raise UsageError(f"adapters: '{name}' is a {kind}. Read files with studio.load_adapter(path).")
+    for (first, one), (second, other) in combinations(adapters.items(), 2):
+        if one is other:
+            raise UsageError(
+                f"adapters: '{first}' and '{second}' are the same adapter. Leave one out; one weight can do "
+                "what both did. To have it act twice all the same, load it twice."
+            )
+        if one.changes and _alike(one.changes, other.changes):
+            logger.warning("'%s' and '%s' make the same changes. Is one of them meant?", first, second)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Return whether two values hold the same numbers, those in tables, tuples and changes included."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if is_dataclass(one):
+        return all(_alike(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
+    return bool(one == other)
 
 
 def check_weights(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, float]:

@@ -45,7 +45,12 @@ def layers_of(adapter: Adapter) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def layer_sums(
-    adapter: Adapter, counts: Mapping[str, Collection[int]], *, weight: float, pipe: Any = None
+    adapter: Adapter,
+    counts: Mapping[str, Collection[int]],
+    *,
+    weight: float,
+    pipe: Any = None,
+    base: str | None = None,
 ) -> dict[str, LayerSums]:
     """Return the sums of an adapter's effective changes, ``alpha / rank`` and weight included.
 
@@ -58,6 +63,7 @@ def layer_sums(
         counts: The values of K that are wanted, by layer.
         weight: Of the adapter.
         pipe: The base; needed where a change has no low rank, as it may depend on the base's weights.
+        base: Fingerprint of the base, where it is not at hand: under this is found what was measured on it.
 
     Raises:
         BaseNeeded: If the base is needed and not given.
@@ -66,16 +72,19 @@ def layer_sums(
     layers = layers_of(adapter)
     changes = {layer: {name: adapter.changes[name] for name in layers[layer]} for layer in counts}
     portable = all(change.low_rank() is not None for group in changes.values() for change in group.values())
-    if not portable and pipe is None:
-        raise BaseNeeded(
-            f"'{adapter.name}' ({adapter.kind}) has changes that are measured on the base's weights, and no "
-            "base was given. Compose on a pipeline, or take adapters of the kind 'lora'."
-        )
-    at, key = (1.0, "") if portable else (weight, f" {fingerprint(pipe)} {weight!r}")
+    if not portable and pipe is not None:
+        base = fingerprint(pipe)
+    at, key = (1.0, "") if portable else (weight, f" {base} {weight!r}")
     key = facts.content_hash(adapter) + key
     known = facts.get(_KIND, key) or {}
     wanted = {layer: set(map(str, ks)) - known.get(layer, {}).keys() for layer, ks in counts.items()}
     missing = {layer: sorted(map(int, ks)) for layer, ks in wanted.items() if ks}
+    if missing and not portable and pipe is None:
+        raise BaseNeeded(
+            f"'{adapter.name}' ({adapter.kind}) has changes that are measured once on the base's weights; "
+            "that was not done yet at this weight, and no base was given. Compose on a pipeline, which "
+            "remembers what it measures, or take adapters of the kind 'lora'."
+        )
     if missing:
         for layer, ks in missing.items():
             found = _measured(_blocks(changes[layer], weight=at, pipe=pipe), ks)

@@ -24,15 +24,11 @@ class Step:
         index: Steps executed before this one, from 0; the two denoiser calls of a Heun step share it.
         total: Solver steps that this run executes.
         fraction: Position in the full schedule in [0, 1); under image-to-image it does not start at 0.
-        noise_level: Sigma in the variance-exploding convention, ``sqrt((1 - a) / a)``, a = alphas_cumprod.
-        timestep: The number given to the denoiser; None in a table drawn without a scheduler.
     """
 
     index: int
     total: int
     fraction: float
-    noise_level: float | None = None
-    timestep: float | None = None
 
 
 LayerWeights = Mapping[str, float]
@@ -252,14 +248,16 @@ class BaseInfo:
     """What a composer may know of the base.
 
     Attributes:
-        architecture: "sd1", "sd2" or "sdxl".
-        shapes: Shapes by canonical parameter name.
+        architecture: "sd1", "sd2" or "sdxl"; None where the base is not loaded.
+        shapes: Shapes by canonical parameter name; none where the base is not loaded.
         pipe: The pipeline itself, for composers that measure adapters on it; None where a plan is only drawn.
+        fingerprint: Of a base that is not loaded: what was measured on it before is found under this.
     """
 
-    architecture: str
-    shapes: Mapping[str, tuple[int, ...]]
+    architecture: str | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pipe: Any = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,6 +299,9 @@ class Planning:
             name = type(self).__name__
             raise UsageError(f"{name} takes {name}.Options(...), got {type(options).__name__}.")
         self.options: Any = self.Options() if options is None else options
+
+    def check_prompt(self, prompt: str, adapters: Sequence[str]) -> None:
+        """Raise CompositionError if a prompt's text lacks what the plan of these adapters looks for in it."""
 
 
 class Composer(Planning, ABC):

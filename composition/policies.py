@@ -1,12 +1,16 @@
 """What several methods and modifiers do alike: text-encoder policies, and checks of adapters by name."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from studio.errors import CompositionError
 from studio.registry import nearest
+
+logger = logging.getLogger(__name__)
 
 TextPolicy = Annotated[
     Literal["base", "first", "merged", "own"],
@@ -42,6 +46,20 @@ def check_some(method: str, adapters: Collection[str]) -> None:
         raise CompositionError(
             f"method '{method}' got no adapters. Give at least one, or use method 'merge'."
         )
+
+
+def say_if_alone(adapters: Collection[str]) -> None:
+    """Say, once of each name, when a method that takes turns or averages is given one adapter."""
+    if len(adapters) == 1:
+        _say(
+            f"'{next(iter(adapters))}' alone acts in every step, as it would by method 'merge': this method "
+            "is for several adapters."
+        )
+
+
+@cache
+def _say(text: str) -> None:
+    logger.warning(text)
 
 
 def known(asker: str, names: Sequence[str], adapters: Sequence[str]) -> tuple[str, ...]:

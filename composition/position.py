@@ -6,7 +6,6 @@ from a GPU waits for it. So calls are counted, and the starting place comes from
 the scheduler's own table.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -26,12 +25,14 @@ class Position:
     Args:
         scheduler: A diffusers scheduler.
         pipe: The pipeline that runs it, if any: some stop before the schedule's end and say so only there.
+        started: Called when a run starts.
     """
 
-    def __init__(self, scheduler: Any, pipe: Any = None) -> None:
+    def __init__(self, scheduler: Any, pipe: Any = None, started: Callable[[], None] | None = None) -> None:
         self._scheduler = scheduler
         self._pipe = pipe
-        self._table: list[float] | None = None
+        self._started = started
+        self._scheduled = False
         self._run: list[Step] | None = None
         self._calls = 0
         self._shift: Tensor | None = None
@@ -49,12 +50,7 @@ class Position:
             with shadowed(scheduler, shadows):
                 yield self
         finally:
-            self._table = self._run = None
-
-    @property
-    def calls(self) -> int:
-        """Return how many denoiser calls of the current run are finished."""
-        return self._calls
+            self._scheduled, self._run = False, None
 
     def run(self, timestep: Tensor | float) -> list[Step] | None:
         """Return the steps of the current run, one entry per denoiser call; None outside a run.
@@ -62,8 +58,8 @@ class Position:
         Args:
             timestep: What the denoiser is called with; the first call of a run tells where the run starts.
         """
-        if self._run is None and self._table is not None:
-            self._run = self._lay_out(self._table, self._begin(timestep))
+        if self._run is None and self._scheduled:
+            self._run = self._lay_out(self._begin(timestep))
         return self._run
 
     def step(self, timestep: Tensor | float) -> Step | None:
@@ -99,11 +95,13 @@ class Position:
 
     def _after_set_timesteps(self) -> None:
         self._shift, self._restarts = None, False
-        self._table = [float(value) for value in self._scheduler.timesteps.tolist()]
+        self._scheduled = True
         self._run = None
         self._calls = 0
         if hasattr(self._pipe, "_num_timesteps"):
             self._pipe._num_timesteps = None
+        if self._started is not None:
+            self._started()
 
     def _after_step(self) -> None:
         self._calls += 1
@@ -123,26 +121,17 @@ class Position:
         places = [float(each) for each in table.tolist()]
         return min(range(len(places)), key=lambda place: abs(places[place] - value))
 
-    def _lay_out(self, table: list[float], begin: int) -> list[Step]:
+    def _lay_out(self, begin: int) -> list[Step]:
         """Return one step per denoiser call from ``begin`` to the end of the run."""
         solver_step = _solver_steps(self._scheduler)
-        rest = len(table) - begin
+        whole = len(self._scheduler.timesteps)
+        rest = whole - begin
         planned = getattr(self._pipe, "_num_timesteps", None)
         calls = min(rest, planned) if planned else rest
-        full = solver_step(len(table) - 1) + 1
+        full = solver_step(whole - 1) + 1
         skipped = full - (solver_step(rest - 1) + 1)
         total = solver_step(calls - 1) + 1
-        noise = _noise_levels(self._scheduler, table)
-        return [
-            Step(
-                solver_step(call),
-                total,
-                (skipped + solver_step(call)) / full,
-                noise[begin + call],
-                table[begin + call],
-            )
-            for call in range(calls)
-        ]
+        return [Step(solver_step(call), total, (skipped + solver_step(call)) / full) for call in range(calls)]
 
 
 def _followed_by(method: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
@@ -170,13 +159,3 @@ def _solver_steps(scheduler: Any) -> Callable[[int], int]:
         return lambda call: max(call - 1, 0)
     order = int(getattr(scheduler, "order", 1))
     return lambda call: call // order
-
-
-def _noise_levels(scheduler: Any, table: list[float]) -> list[float]:
-    """Return the sigma of each place of the schedule."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(sigmas, Tensor) and len(sigmas) >= len(table):
-        return [float(value) for value in sigmas.tolist()[: len(table)]]
-    alphas = scheduler.alphas_cumprod.tolist()
-    kept = [alphas[min(max(round(value), 0), len(alphas) - 1)] for value in table]
-    return [math.sqrt((1 - alpha) / alpha) if alpha > 0 else math.inf for alpha in kept]

@@ -28,6 +28,7 @@ from studio.composition.engine import compose
 from studio.composition.fit import fit_adapters
 from studio.errors import CompositionError
 from studio.models.architecture import architecture
+from studio.models.clip_skip import clip_skip_of
 from studio.models.fingerprint import fingerprint
 from studio.models.schedulers import make_scheduler
 
@@ -95,12 +96,32 @@ def profile(
         AdapterError: If an adapter does not fit the base.
     """
     fitted = fit_adapters(adapters, canonical_names(components_of(pipe)))
-    meter = _Meter(pipe, measurement or Measurement())
+    how = measurement or Measurement()
+    meter = _Meter(pipe, how)
     profiles = {}
     for name, adapter in fitted.items():
-        prompts = meter.prompts_of(adapter)
-        curves = meter.curve(None, prompts), meter.curve(adapter, prompts)
-        profiles[name] = Profile(tuple(own - base for base, own in zip(*curves, strict=True)))
+        prompts = _prompts(adapter, how)
+        profiles[name] = _profile(meter.curve(None, prompts), meter.curve(adapter, prompts))
+    return profiles
+
+
+def known_profiles(
+    base: str, adapters: Mapping[str, Adapter], *, measurement: Measurement | None = None
+) -> dict[str, Profile]:
+    """Return the profiles of those adapters that were measured before; nothing is measured, no base needed.
+
+    Args:
+        base: Fingerprint of the base.
+        adapters: As for :func:`profile`.
+        measurement: As for :func:`profile`.
+    """
+    how = measurement or Measurement()
+    profiles = {}
+    for name, adapter in adapters.items():
+        prompts = _prompts(adapter, how)
+        alone, own = (facts.get(_KIND, _key(each, prompts, base, how)) for each in (None, adapter))
+        if alone and own:
+            profiles[name] = _profile(alone["curve"], own["curve"])
     return profiles
 
 
@@ -124,24 +145,35 @@ def high_share(latents: Tensor, *, above: float) -> Tensor:
     return shares.mean(1)
 
 
+def _prompts(adapter: Adapter, how: Measurement) -> tuple[str, ...]:
+    """Return the prompts that an adapter is measured with."""
+    words = adapter.metadata.get("modelspec.trigger_phrase")
+    return tuple(f"{words}, {text}" if words else text for text in how.prompts)
+
+
+def _key(adapter: Adapter | None, prompts: Sequence[str], base: str, how: Measurement) -> str:
+    """Return under what the curve of an adapter, or of the base alone, is kept."""
+    content = "base" if adapter is None else facts.content_hash(adapter)
+    settings = {**asdict(how), "prompts": list(prompts)}
+    return f"{content} {base} {json.dumps(settings, sort_keys=True)}"
+
+
+def _profile(base: Sequence[float], own: Sequence[float]) -> Profile:
+    return Profile(tuple(one - other for one, other in zip(own, base, strict=True)))
+
+
 class _Meter:
     """Measures on one base, or finds what was measured before."""
 
     def __init__(self, pipe: Any, measurement: Measurement) -> None:
         self._pipe = pipe
         self._measurement = measurement
-        self._base = fingerprint(pipe)
-
-    def prompts_of(self, adapter: Adapter) -> tuple[str, ...]:
-        """Return the prompts that an adapter is measured with."""
-        words = adapter.metadata.get("modelspec.trigger_phrase")
-        return tuple(f"{words}, {text}" if words else text for text in self._measurement.prompts)
+        skipped = clip_skip_of(pipe)
+        self._base = fingerprint(pipe) + (f" clip skip {skipped}" if skipped > 1 else "")
 
     def curve(self, adapter: Adapter | None, prompts: Sequence[str]) -> list[float]:
         """Return the share of high frequencies after each step, mean over prompts and seeds."""
-        content = "base" if adapter is None else facts.content_hash(adapter)
-        settings = {**asdict(self._measurement), "prompts": list(prompts)}
-        key = f"{content} {self._base} {json.dumps(settings, sort_keys=True)}"
+        key = _key(adapter, prompts, self._base, self._measurement)
         known = facts.get(_KIND, key)
         if known is None:
             name = "the base" if adapter is None else f"'{adapter.name}'"

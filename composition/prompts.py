@@ -35,9 +35,10 @@ class Prompts:
         self._pipe = pipe
         self._plan_for = plan_for
         self._speak = speak
-        self._conditional: dict[str, Embeddings] = {}
-        self._guided: dict[str, Embeddings] = {}
-        self.followed = False
+        # Under None the pipeline's own.
+        self._conditional: dict[str | None, Embeddings] = {}
+        self._guided: dict[str | None, Embeddings] = {}
+        self._seen: tuple[Tensor, bool] | None = None
 
     @contextmanager
     def follow(self) -> Iterator["Prompts"]:
@@ -60,6 +61,33 @@ class Prompts:
             finally:
                 self._forget()
 
+    def guides(self, given: Tensor) -> bool:
+        """Return whether the denoiser is called with the unconditional rows before the conditional ones.
+
+        Args:
+            given: Prompt embeddings that it is called with ``[B, tokens, width]``.
+
+        Raises:
+            CompositionError: If they are not what the pipeline's prompt was encoded to.
+        """
+        # Pipelines give the same tensor at every step, so values are compared, and a GPU is waited for, once
+        # in a run.
+        if self._seen is None or self._seen[0] is not given:
+            self._seen = given, self._is_guided(given)
+        return self._seen[1]
+
+    def _is_guided(self, given: Tensor) -> bool:
+        for known, guided in ((self._guided, True), (self._conditional, False)):
+            own = known[None].tokens if None in known else None
+            if own is not None and own.shape == given.shape and torch.equal(own.to(given), given):
+                return guided
+        raise CompositionError(
+            "this composition goes by the prompt's words or tells the rows with it from those without, but "
+            "what the denoiser is given was not encoded by the pipeline given to compose(). Give compose() "
+            "the pipeline that you call, without perturbed-attention guidance, and call it inside the 'with' "
+            "block."
+        )
+
     def embeddings(self, text: str, *, guided: bool) -> Embeddings:
         """Return the embeddings of one of the plan's texts as the denoiser is given them.
 
@@ -80,7 +108,7 @@ class Prompts:
         return found
 
     def _forget(self) -> None:
-        self._conditional, self._guided, self.followed = {}, {}, False
+        self._conditional, self._guided, self._seen = {}, {}, None
 
     def _encode(self, encode: Encode, arguments: Mapping[str, Any]) -> Any:
         self._forget()
@@ -99,9 +127,9 @@ class Prompts:
                 own = found[0]
                 for name, text in plan.texts.items():
                     self._keep(name, *found[texts.index(text)])
+            self._keep(None, *own)
         finally:
             self._speak(plan.text_weights)
-        self.followed = True
         return own
 
     def _as_long(
@@ -142,7 +170,7 @@ class Prompts:
             tokens = projected_out(tokens, directions[1:-1], unwanted)
         return tokens, *others
 
-    def _keep(self, name: str, tokens: Tensor, negative: Tensor | None, *pooled: Tensor) -> None:
+    def _keep(self, name: str | None, tokens: Tensor, negative: Tensor | None, *pooled: Tensor) -> None:
         conditional = Embeddings(tokens, pooled[0] if pooled else None)
         self._conditional[name] = conditional
         if negative is not None:

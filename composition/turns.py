@@ -32,6 +32,11 @@ class TurnsPlan(Plan):
     def active(self, step: Step) -> str:
         """Return the adapter that acts at a step."""
 
+    def idle(self, total: int) -> list[str]:
+        """Return the adapters that have no turn in a run of ``total`` steps."""
+        acting = {self.active(Step(index, total, index / total)) for index in range(total)}
+        return [name for name in self.adapters if name not in acting]
+
     def at(self, step: Step) -> Sequence[Branch]:
         """Return the one branch, in which one adapter acts."""
         name = self.active(step)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from studio.composition.concepts import Breakdown, break_down
+from studio.composition.concepts import Breakdown, break_down, find_concepts
 from studio.composition.importance import triggers_of
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
 from studio.composition.policies import known
@@ -146,6 +146,11 @@ class Clora(Composer):
 
     reads_prompt = True
 
+    def check_prompt(self, prompt: str, adapters: Sequence[str]) -> None:
+        """Raise CompositionError if a prompt lacks words of a concept."""
+        concepts = self.options.concepts
+        find_concepts(prompt, {name: concepts[name] for name in adapters if name in concepts})
+
     def prepare(
         self,
         adapters: "Mapping[str, Adapter]",
@@ -161,7 +166,7 @@ class Clora(Composer):
         """
         options = self.options
         concepts = _concepts(options, list(adapters))
-        if base is not None and base.architecture != "sd1":
+        if base is not None and base.architecture not in (None, "sd1"):
             raise CompositionError(
                 f"method 'clora' is for SD 1.x, the base is {base.architecture}. Choose another method, such "
                 "as regions."
@@ -184,7 +189,7 @@ class Clora(Composer):
             options=options,
             text_weights=everywhere,
             texts={name: Text(uses, prompts[name]) for name, uses in acting.items()},
-            watched=() if base is None else layers_to_watch(base.shapes, side=_latents_side(base)),
+            watched=layers_to_watch(base.shapes, side=_latents_side(base)) if base and base.shapes else (),
         )
 
 

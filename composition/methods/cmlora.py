@@ -90,9 +90,11 @@ class CmLora(Composer):
 
     Differs from the authors' code: there the non-uniform schedule caches nothing, the decay has no effect and
     would go below 1, features are not refreshed after the boundary, and roles come from file names; here they
-    work as the paper means them. Beyond it: the first and the last steps are whole for everybody, and no
-    refresh comes right before these last ones, as nothing would reuse it. The boundary is a place of the
-    run: to find it in the latents, as the authors' online variant does, would wait for the GPU at each step.
+    work as the paper means them. Beyond it: the first and the last step are whole for everybody, and no
+    refresh comes right before these last ones, as nothing would reuse it. More whole steps are the dearest
+    part of a short run: with two at each end three adapters at interval 3 and cut "fast" cost 1.09 times what
+    the base does at 50 steps of SD 1.5, with one 1.00 times. The boundary is a place of the run: to find it
+    in the latents, as the authors' online variant does, would wait for the GPU at each step.
 
     Where an evaluation from features begins, and its f counted at 512 px (SD 1.5) and 1024 px (SDXL): "fast"
     is one layer of the outer level (0.22; SDXL 0.04), "quality" two, the paper's choice (0.38; SDXL 0.07),
@@ -160,7 +162,8 @@ class CmLora(Composer):
         """Return the plan; measures adapters without roles that were not measured on this base before.
 
         Raises:
-            CompositionError: If there is no adapter, roles name none, or there is no base to measure on.
+            CompositionError: If there is no adapter, or roles name none.
+            BaseNeeded: If adapters were not measured before, and there is no base to measure on.
         """
         high, low = self._sides(adapters, base)
         policy = self.options.text_encoder_policy
@@ -196,17 +199,22 @@ class CmLora(Composer):
 def _scores(
     adapters: "Mapping[str, Adapter]", asked: Sequence[str], base: BaseInfo | None
 ) -> dict[str, float]:
-    if base is None or base.pipe is None:
+    from studio.composition.profiles import known_profiles, profile
+
+    base = base or BaseInfo()
+    if base.pipe is not None:
+        found = profile(base.pipe, adapters)
+    else:
+        found = {} if base.fingerprint is None else known_profiles(base.fingerprint, adapters)
+    if unknown := [name for name in adapters if name not in found]:
         roles = ", ".join(f'"{name}": "high"' for name in asked)
         raise BaseNeeded(
-            f"which frequencies {', '.join(map(repr, asked))} bring in is measured on a base, and none was "
-            "given. Compose on a pipeline, which measures once and remembers ('studio compose --profile' and "
-            "studio.profile() do it ahead of time), or give a role, high or low, to each: "
+            f"which frequencies {', '.join(map(repr, unknown))} bring in is measured once on the base and "
+            "kept; that was not done yet, and no base was given. Measure with 'studio compose --profile' or "
+            "studio.profile(), compose on a pipeline, or give a role, high or low, to each: "
             f"roles={{{roles}}}."
         )
-    from studio.composition.profiles import profile
-
-    return {name: found.score for name, found in profile(base.pipe, adapters).items()}
+    return {name: each.score for name, each in found.items()}
 
 
 def _split(scores: Sequence[float], how: Literal["sign", "means"]) -> int:

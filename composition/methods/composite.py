@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step, Text
-from studio.composition.policies import TextPolicy, check_some, known, text_weights
+from studio.composition.policies import TextPolicy, check_some, known, say_if_alone, text_weights
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import Options as MethodOptions
@@ -66,6 +66,8 @@ class Composite(Composer):
             CompositionError: If there is no adapter, or shares name none, are negative or sum to 0.
         """
         shares = _shares(self.options.shares, list(adapters))
+        if not self.options.shared_unconditional:
+            say_if_alone(adapters)
         own = self.options.text_encoder_policy == "own"
         rows: Literal["all", "conditional"] = "conditional" if self.options.shared_unconditional else "all"
         branches = [

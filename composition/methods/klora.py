@@ -191,8 +191,8 @@ class KLora(Composer):
         An adapter with weight 0 takes no part.
 
         Raises:
-            CompositionError: If there is no adapter, ``content`` names none, a rank is wanted of a change
-                that has none, or a change cannot be measured without the base.
+            CompositionError: If there are no two adapters, ``content`` names none, a rank is wanted of a
+                change that has none, or a change cannot be measured without the base.
         """
         from studio.composition.layer_sums import layers_of
 
@@ -232,6 +232,11 @@ class KLora(Composer):
         check_some("klora", names)
         content = self.options.content or names[0]
         known("content", [content], names)
+        if len(names) == 1:
+            raise CompositionError(
+                f"method 'klora' chooses between a content and a style in each layer, got '{content}' alone. "
+                "Give two adapters or more, or use method 'merge'; pinned and negative ones do not count."
+            )
         return [content, *(name for name in names if name != content)]
 
     def _duels(
@@ -290,9 +295,9 @@ def _sums(
     for (layer, rival), count in counts.items():
         for name in (meeting[layer][0], rival):
             wanted.setdefault(name, {}).setdefault(layer, set()).add(count)
-    pipe = base.pipe if base else None
+    base = base or BaseInfo()
     return {
-        name: layer_sums(adapters[name], layers, weight=weights[name], pipe=pipe)
+        name: layer_sums(adapters[name], layers, weight=weights[name], pipe=base.pipe, base=base.fingerprint)
         for name, layers in wanted.items()
     }
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from studio.composition.importance import by_ablation, triggers_of
 from studio.composition.plan import BaseInfo, Composer, Request, Step
-from studio.composition.policies import SharedTextPolicy, check_some, known, text_weights
+from studio.composition.policies import SharedTextPolicy, check_some, known, say_if_alone, text_weights
 from studio.composition.turns import SOLVER_HISTORY, SolverHistory, TurnsPlan
 from studio.errors import CompositionError
 from studio.registry import COMPOSERS
@@ -39,8 +39,7 @@ class WSwitchPlan(TurnsPlan):
 
     def check(self, total: int) -> None:
         """Raise CompositionError when the run is too short for every adapter to have a turn."""
-        acting = {self.active(Step(index, total, index / total)) for index in range(total)}
-        if idle := [name for name in self.adapters if name not in acting]:
+        if idle := self.idle(total):
             raise CompositionError(
                 f"in a run of {total} steps {', '.join(map(repr, idle))} would never have a turn. Take more "
                 "steps, or lower switch_every or final_steps (image-to-image runs steps x strength of them)."
@@ -85,6 +84,7 @@ class WSwitch(Composer):
             CompositionError: If there is no adapter, or trigger words or the final adapter are not known.
         """
         check_some("w-switch", adapters)
+        say_if_alone(adapters)
         options = self.options
         final = options.final or next(iter(adapters))
         known("final", [final], list(adapters))

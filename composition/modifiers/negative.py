@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step
+from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step, Text
 from studio.composition.policies import known
 from studio.registry import MODIFIERS
 from studio.specs import Options as MethodOptions
@@ -21,9 +21,12 @@ class NegativePlan(ModifiedPlan):
 
     Attributes:
         negative: Weight by adapter.
+        negative_texts: Prompt embeddings of those rows, by the embeddings of the inner plan's branches; empty
+            where these adapters leave the text encoders as they are.
     """
 
     negative: Mapping[str, float]
+    negative_texts: Mapping[str | None, str]
 
     def at(self, step: Step) -> Sequence[Branch]:
         """Return the inner plan's branches, those for all rows in two."""
@@ -33,7 +36,8 @@ class NegativePlan(ModifiedPlan):
                 found.append(replace(branch, rows="conditional"))
             if branch.answers_for("unconditional"):
                 weights = {**branch.weights, **self.negative}
-                found.append(replace(branch, rows="unconditional", weights=weights))
+                text = self.negative_texts.get(branch.text, branch.text)
+                found.append(replace(branch, rows="unconditional", weights=weights, text=text))
         return tuple(found)
 
 
@@ -43,7 +47,8 @@ class Negative(Modifier):
 
     For adapters of what is not wanted, such as one of bad anatomy. What the prompt asks for is answered
     without them, so they cannot disturb it. The method does not see them; without guidance they do nothing.
-    Costs no more rows, but two evaluations where there was one, unless they stand in one batch.
+    Costs no more rows, but two evaluations where there was one, unless they stand in one batch. Of adapters
+    with a text-encoder part the negative prompt is encoded with it, one more encoding.
     """
 
     class Options(MethodOptions):
@@ -68,6 +73,17 @@ class Negative(Modifier):
         request: Request | None = None,
     ) -> Plan:
         """Return the plan with the negative adapters."""
+        from studio.composition.executor import of_encoders
+
+        negative = {name: weights[name] for name in self.takes(list(adapters))}
+        said: dict[str | None, str] = {}
+        texts: dict[str, Text] = {}
+        if any(of_encoders(parameter) for name in negative for parameter in adapters[name].changes):
+            own = [(name, text.weights) for name, text in plan.texts.items()]
+            for name, text_weights in [(None, plan.text_weights), *own]:
+                said[name] = "negative" if name is None else f"negative of {name}"
+                # What a branch says instead of the prompt does not change the negative one.
+                texts[said[name]] = Text({**text_weights, **negative})
         return NegativePlan.around(
-            plan, negative={name: weights[name] for name in self.takes(list(adapters))}
+            plan, negative=negative, negative_texts=said, texts={**plan.texts, **texts}
         )

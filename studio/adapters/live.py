@@ -35,7 +35,7 @@ class LiveLayers:
 
     Only a layer's own forward is called. Its weight is never read, so it may be quantised, or on meta because
     it is offloaded layer by layer. A context manager: inside, the layers' ``forward`` is shadowed; leaving
-    brings back what was there. To enable or disable offloading in between would remove the shadows.
+    brings back what was there. To disable offloading in between removes shadows, ``attach`` brings them back.
 
     Other weights for the same changes cost two calls for the whole model. Factors are joined at the first
     forward after the changes are named first, and kept.
@@ -94,12 +94,17 @@ class LiveLayers:
             self._layouts[key] = _Layout(*key)
         self._act(branches, self._layouts[key])
 
+    def attach(self) -> None:
+        """Shadow the layers whose shadow was taken away, such as with hooks that were there before."""
+        for layer in self._layers.values():
+            for module in layer.modules:
+                if not layer.is_attached(module):
+                    self._attached.callback(layer.attach(module))
+
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for layer in self._layers.values():
-                for module in layer.modules:
-                    stack.callback(layer.attach(module))
-            self._attached = stack.pop_all()
+        with self._attached:
+            self.attach()
+            self._attached = self._attached.pop_all()
         return self
 
     def __exit__(
@@ -164,6 +169,7 @@ class _Layer:
         self.modules = modules
         self._shape = {_weight_shape(name, module) for module in modules}.pop()
         self._terms: dict[object, _Terms] = {}
+        self._shadows: dict[nn.Module, Callable[..., Any]] = {}
 
     def terms(
         self, branches: Sequence[Sequence[tuple[Change, float]]], *, indexed: bool
@@ -184,6 +190,14 @@ class _Layer:
             self._terms[key] = _Terms(changes, indexed=indexed)
         return self._terms[key], weights
 
+    def is_attached(self, module: nn.Module) -> bool:
+        """Return whether a module's forward comes to the shadow, through hooks that were put around it."""
+        found: Callable[..., Any] | None = module.forward
+        shadow = self._shadows.get(module)
+        while found is not None and found is not shadow:
+            found = getattr(found, "__wrapped__", None)
+        return found is not None
+
     def attach(self, module: nn.Module) -> Callable[[], None]:
         """Shadow a module's forward; return what takes the shadow away."""
         before = module.__dict__.get("forward")
@@ -201,13 +215,14 @@ class _Layer:
             if before is not None:
                 module.forward = before
 
-        module.forward = forward
+        module.forward = self._shadows[module] = forward
         return detach
 
     def clear(self) -> None:
         """Let nothing act, and drop what was joined."""
         self.acting, self.layout = None, None
         self._terms.clear()
+        self._shadows.clear()
 
     def _added(self, terms: "_Terms", x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         if x.dtype is not y.dtype or x.device != y.device:

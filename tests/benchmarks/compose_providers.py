@@ -108,17 +108,31 @@ class Bench:
 
     def _pipe(self) -> Any:
         model = self.setting.model
-        pipe = (
-            train_worker.make_pipe(model)
-            if model == "random"
-            else full_size.make_pipe(model, whole_encoders=False)
-        ).to(self.setting.device)
-        pipe._guidance_scale = 5.0
-        return pipe
+        if model == "random":
+            return train_worker.make_pipe(model).to(self.setting.device)
+        return full_size.make_pipe(model, whole_encoders=False).to(self.setting.device)
 
     def some(self, number: int) -> dict[str, Adapter]:
         """Return the first adapters."""
         return dict(list(self.adapters.items())[:number])
+
+    def encode(self) -> None:
+        """Tell the studio's pipeline what the denoiser is given: rows without the prompt, then with it."""
+        names = ("negative_prompt_embeds", "prompt_embeds")
+        given = dict(zip(names, self.text.chunk(2), strict=True))
+        if self.added is not None:
+            pooled = self.added["text_embeds"].chunk(2)
+            given |= {
+                name.replace("prompt", "pooled_prompt"): each
+                for name, each in zip(names, pooled, strict=True)
+            }
+        self.ours.encode_prompt(
+            prompt=None,
+            device=self.setting.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            **given,
+        )
 
     def forward(self, pipe: Any, timestep: Any) -> Tensor:
         """Evaluate a denoiser."""
@@ -190,6 +204,7 @@ def composed(method: str, number: int, **settings: Any) -> Provider:
         with studio.compose(
             bench.ours, bench.some(number), method=method, weights=weights, **settings
         ) as composition:
+            bench.encode()
             yield Ready(bench.ours, bench.forward, composition)
 
     return provide

@@ -57,30 +57,30 @@ def inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {
         "sample": torch.randn(4, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(4, 77, 32, generator=generator),
     }
 
 
 class Asked:
     """Stands at the denoiser's inside and keeps what comes out for a call, guided or not."""
 
-    def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch, *, guided: bool) -> None:
-        monkeypatch.setattr(type(pipe), "do_classifier_free_guidance", property(lambda _: guided))
-        pipe.scheduler.set_timesteps(1)
-        self.pipe = pipe
+    def __init__(self, pipe: Any, *, guided: bool) -> None:
+        self.pipe, self.guided = pipe, guided
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
+        prompts = ["a fox", "a cat"] if self.guided else ["a fox", "a cat", "a dog", "ink"]
+        tokens, negative = self.pipe.encode_prompt(prompts, "cpu", 1, self.guided)
+        words = torch.cat([negative, tokens]) if self.guided else tokens
         self.pipe.scheduler.set_timesteps(1)
-        return answers(self.pipe, {**inputs, "timestep": self.pipe.scheduler.timesteps[0]})
+        given = {"timestep": self.pipe.scheduler.timesteps[0], "encoder_hidden_states": words}
+        return answers(self.pipe, {**inputs, **given})
 
 
 @pytest.mark.parametrize("batched", [True, False], ids=["one-batch", "loop"])
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "plain"])
 def test_composite_is_the_weighted_mean_of_the_adapters_answers(
-    batched: bool, guided: bool, sd: Any, pair: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+    batched: bool, guided: bool, sd: Any, pair: Any, inputs: Any
 ) -> None:
-    ask = Asked(sd, monkeypatch, guided=guided)
+    ask = Asked(sd, guided=guided)
     alone = []
     for name, adapter in pair.items():
         with compose(sd, {name: adapter}, weights={name: 0.8}):
@@ -181,10 +181,8 @@ def test_a_batch_that_is_too_large_falls_back_to_the_loop_and_says_so_once(
     assert sum("one after the other" in record.message for record in caplog.records) == 1
 
 
-def test_rows_that_no_branch_answers_for_take_the_conditional_answer(
-    sd: Any, pair: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Asked(sd, monkeypatch, guided=True)
+def test_rows_that_no_branch_answers_for_take_the_conditional_answer(sd: Any, pair: Any, inputs: Any) -> None:
+    ask = Asked(sd, guided=True)
     with compose(sd, {"one": pair["one"]}):
         whole = ask(inputs)
     with compose(sd, pair, method=Fixed(Branch({"one": 1.0}, "conditional"))) as composition:
@@ -193,10 +191,8 @@ def test_rows_that_no_branch_answers_for_take_the_conditional_answer(
     assert composition.passes.full == 2
 
 
-def test_an_adapter_may_act_on_the_unconditional_rows_alone(
-    sd: Any, pair: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Asked(sd, monkeypatch, guided=True)
+def test_an_adapter_may_act_on_the_unconditional_rows_alone(sd: Any, pair: Any, inputs: Any) -> None:
+    ask = Asked(sd, guided=True)
     base = ask(inputs)
     with compose(sd, {"one": pair["one"]}):
         whole = ask(inputs)
@@ -205,10 +201,8 @@ def test_an_adapter_may_act_on_the_unconditional_rows_alone(
         torch.testing.assert_close(ask(inputs), torch.cat([whole[:2], base[2:]]), **CLOSE)
 
 
-def test_a_shared_unconditional_answer_is_the_bases(
-    sd: Any, pair: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Asked(sd, monkeypatch, guided=True)
+def test_a_shared_unconditional_answer_is_the_bases(sd: Any, pair: Any, inputs: Any) -> None:
+    ask = Asked(sd, guided=True)
     base = ask(inputs)
     with compose(sd, pair, method="composite"):
         both = ask(inputs)
@@ -293,10 +287,8 @@ def test_a_prompt_encoded_elsewhere_is_said_where_branches_have_their_own(sd: An
         sd(prompt_embeds=embeddings, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
 
 
-def test_regions_decide_pixel_by_pixel(
-    sd: Any, pair: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Asked(sd, monkeypatch, guided=True)
+def test_regions_decide_pixel_by_pixel(sd: Any, pair: Any, inputs: Any) -> None:
+    ask = Asked(sd, guided=True)
     alone = {}
     for name, adapter in pair.items():
         with compose(sd, {name: adapter}):

@@ -229,16 +229,11 @@ def test_the_gradient_is_that_of_all_branches_together(
     sd: Any, pair: Any, draw: Any, target: Any, summed: Any
 ) -> None:
     method = spy(refinements=2, step_size=3.0)
-    calls: list[Any] = []
-    hook = sd.unet.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
     with compose(sd, pair, method=method) as composition:
         draw(sd, steps=1, prompt=PROMPT)
         texts = {name: composition._prompts.embeddings(name, guided=False).tokens for name in pair}
-    hook.remove()
     view, moved, plan = method.views[0]
-    timestep, words = calls[0][0][1], calls[0][1]["encoder_hidden_states"][1:]
+    timestep, words = sd.scheduler.timesteps[0], sd.encode_prompt(PROMPT, "cpu", 1, False)[0]
     layers = plan.watched
     copies = {REST: (deepcopy(sd.unet), words)}
     for name, adapter in pair.items():
@@ -260,6 +255,26 @@ def test_the_gradient_is_that_of_all_branches_together(
     torch.testing.assert_close(moved - view.latents, latents - view.latents, rtol=1e-3, atol=1e-6)
     # Twice two evaluations of three branches for one row, then all branches for both rows.
     assert composition.passes.full == 2 * 2 * 3 + 6
+
+
+def test_the_gradient_asks_nothing_of_the_bases_own_weights(sd: Any, pair: Any, draw: Any) -> None:
+    asked = []
+
+    def noted(unet: Any, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            asked.append(any(parameter.requires_grad for parameter in unet.parameters()))
+
+    hook = sd.unet.register_forward_pre_hook(noted)
+    # As loaded.
+    sd.unet.requires_grad_(True)
+    try:
+        with compose(sd, pair, method="clora", options=OPTIONS | {"refinements": 1}):
+            draw(sd, steps=1, prompt=PROMPT)
+        assert asked and not any(asked)
+        assert all(parameter.requires_grad for parameter in sd.unet.parameters())
+    finally:
+        hook.remove()
+        sd.unet.requires_grad_(False)
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])

@@ -191,7 +191,7 @@ def test_adapters_are_split_by_sign_or_in_two_groups(
 @pytest.mark.parametrize("base", [None, BaseInfo("sd1", {})], ids=["no base", "drawn only"])
 def test_without_a_base_the_way_out_is_said(base: BaseInfo | None) -> None:
     composer = CmLora(CmLora.Options(roles={"a": "high"}))
-    with pytest.raises(CompositionError, match=r"frequencies 'b', 'c' .* roles=\{\"b\": \"high\""):
+    with pytest.raises(CompositionError, match=r"frequencies 'a', 'b', 'c' .* roles=\{\"b\": \"high\""):
         composer.prepare(dict.fromkeys("abc"), dict.fromkeys("abc", 1.0), base)
     # One adapter leads always.
     assert composer.prepare({"a": None}, {"a": 1.0}, base).late == ("a",)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from studio.adapters.parameters import components_of, find_parameter
 from studio.composition.engine import compose
+from studio.errors import CompositionError
 from studio.models.schedulers import make_scheduler
 
 
@@ -326,21 +327,40 @@ def test_sdxl_with_both_text_encoders_is_composed_and_restored(
     assert torch.equal(draw(pipe), base)
 
 
-def test_a_compiled_denoiser_is_composed(short_sd: Any, make_adapter: Any, draw: Any, snapshot: Any) -> None:
-    pipe, compiled = short_sd(), short_sd()
-    adapters = {"one": make_adapter(pipe, 1), "two": make_adapter(pipe, 2)}
-    compiled.unet = torch.compile(compiled.unet, backend="eager")
-    pictures = []
-    for each in (pipe, compiled):
-        with (
-            compose(each, adapters, method="switch", options={"switch_every": 1}),
-            torch.compiler.set_stance("force_eager"),  # the wrapper is what is tested; tracing takes 12 s
-        ):
-            pictures.append(draw(each, steps=2))
-    assert torch.equal(*pictures)
-    assert_equal(
-        snapshot(pipe), {name.replace("_orig_mod.", ""): value for name, value in snapshot(compiled).items()}
-    )
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in-place"])
+def test_a_compiled_denoiser_is_composed(
+    in_place: bool, one_block_sd: Any, make_adapter: Any, draw: Any, target: Any
+) -> None:
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pipe = one_block_sd()
+    base = draw(pipe, steps=2)
+    adapters = {name: make_adapter(pipe, seed, targets=[target["conv"]]) for seed, name in enumerate("ab")}
+    how = {"method": "switch", "options": {"switch_every": 1}}
+    with compose(pipe, adapters, **how):
+        wanted = draw(pipe, steps=2)
+        if in_place:
+            pipe.unet.compile(backend=count)
+            assert torch.equal(draw(pipe, steps=2), wanted)
+    if not in_place:
+        pipe.unet = torch.compile(pipe.unet, backend=count)
+    call = vars(pipe.unet).get("_compiled_call_impl")
+    assert in_place is (call is not None)
+    with compose(pipe, adapters, **how):
+        assert torch.equal(draw(pipe, steps=2), wanted)
+    assert vars(pipe.unet).get("_compiled_call_impl") is call
+    assert torch.equal(draw(pipe, steps=2), base)
+    with (
+        compose(pipe, adapters, modifiers={"cache": {"interval": 2}}),
+        pytest.raises(CompositionError, match="features cannot be kept of a compiled UNet"),
+    ):
+        draw(pipe, steps=2)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
 
 
 def test_the_table_of_a_composition_can_be_printed(short_sd: Any, make_adapter: Any) -> None:

@@ -93,9 +93,6 @@ def test_rows_of_one_batch_go_to_slots_of_their_own(unet: Any) -> None:
         for name, given in (("a", one), ("b", other)):
             with cache.reusing([name]):
                 torch.testing.assert_close(unet(**given).sample, wanted[name], rtol=1e-4, atol=1e-4)
-    assert cache.nbytes > 0
-    cache.clear()
-    assert cache.nbytes == 0
 
 
 @pytest.mark.parametrize("deepest", [False, True])

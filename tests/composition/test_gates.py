@@ -38,7 +38,8 @@ class Operations(TorchDispatchMode):
     @property
     def syncs(self) -> int:
         """Values read on the host, for which a GPU is waited for."""
-        return self.counts["aten._local_scalar_dense.default"] + self.counts["aten.nonzero.default"]
+        read = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
+        return sum(self.counts[name] for name in read)
 
 
 LINEAR = (
@@ -124,7 +125,8 @@ def test_no_value_is_read_on_the_host_beyond_the_pipelines_own(
         draw(sd, steps=4)
         composed = [synced(sd, draw, steps) for steps in (4, 6)]
     assert composed[1] - composed[0] == own_syncs[1] - own_syncs[0]
-    assert composed[0] <= own_syncs[0]
+    # Once for a run it is asked whether the rows that are told apart are the composed prompt's.
+    assert composed[0] - own_syncs[0] <= (name in ("composite-own-text", "unguided"))
 
 
 def synced(pipe: Any, draw: Any, steps: int) -> int:

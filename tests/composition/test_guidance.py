@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 
+from studio.adapters.adapter import Adapter
+from studio.adapters.kinds.full import FullChange
 from studio.composition.engine import compose
 from studio.composition.methods.sine import Sine
 from studio.composition.modifiers.decor import Decor
 from studio.composition.modifiers.negative import Negative
-from studio.composition.plan import Suppression
+from studio.composition.plan import Step, Suppression, Text
 from studio.composition.projection import projected_out
 from studio.errors import CompositionError
 
@@ -93,6 +96,76 @@ def test_negative_adapters_are_absent_from_the_conditional_answer(sd: Any, pair:
         compose(sd, pair, modifiers={"negative": {"adapters": ["tow"]}})
 
 
+@pytest.mark.parametrize("build", ["short_sd", "short_sdxl"])
+def test_the_negative_prompt_is_encoded_with_the_negative_adapters(
+    build: str, request: pytest.FixtureRequest, make_adapter: Any, target: Any, draw: Any
+) -> None:
+    pipe = request.getfixturevalue(build)()
+    adapters = {
+        name: make_adapter(pipe, seed, targets=[target["text"]]) for seed, name in enumerate(("one", "two"))
+    }
+    spoken = {}
+    for names in (["one"], ["one", "two"]):
+        with compose(pipe, {name: adapters[name] for name in names}):
+            spoken[names[-1]] = pipe.encode_prompt(
+                "a fox",
+                device="cpu",
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+                negative_prompt="fog",
+            )
+    (tokens, _, *pooled), (_, negative, *negative_pooled) = spoken["one"], spoken["two"]
+    assert not torch.equal(negative, spoken["one"][1])
+    given = {"prompt_embeds": tokens, "negative_prompt_embeds": negative}
+    if pooled:
+        given |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": negative_pooled[1]}
+    wanted = draw(pipe, steps=2, prompt=None, **given)
+    with compose(pipe, adapters, modifiers={"negative": {"adapters": ["two"]}}):
+        got = draw(pipe, steps=2, negative_prompt="fog")
+    torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+def test_branches_of_their_own_prompts_have_negative_ones_too() -> None:
+    inner = Sine(Sine.Options(source="a cat")).prepare({"one": None}, {"one": 1.0})
+    spoken = Adapter("two", "full", {"text_encoder.weight": FullChange(torch.zeros(1))})
+    plan = Negative(Negative.Options(adapters=("two",))).modify(inner, {"two": spoken}, {"two": 0.5})
+    assert plan.texts == {
+        **inner.texts,
+        "negative": Text({"two": 0.5}),
+        "negative of source": Text({"one": 1.0, "two": 0.5}),
+    }
+    assert [branch.text for branch in plan.at(Step(0, 4, 0.0))] == [None, "source", "negative"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"modifiers": {"negative": {"adapters": ["two"]}}},
+        {
+            "method": "w-switch",
+            "options": {"triggers": {"one": "a", "two": "cat"}, "switch_every": 1, "final_steps": 0},
+        },
+    ],
+    ids=["negative", "w-switch"],
+)
+def test_a_pipeline_beside_the_composed_one_is_said_where_what_acts_depends_on_its_prompt(
+    how: dict[str, Any], sd: Any, pair: Any, draw: Any
+) -> None:
+    other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = {"image": torch.zeros(1, 3, 64, 64), "strength": 0.5, "steps": 4}
+    with compose(sd, pair, **how):
+        draw(sd, steps=2)
+        with pytest.raises(CompositionError, match=r"Give compose\(\) the pipeline that you call"):
+            draw(other, prompt="a cat", **image)
+        # What the composed pipeline has encoded may go to any.
+        tokens, negative = sd.encode_prompt("a cat", "cpu", 1, True)
+        given = {"prompt_embeds": tokens, "negative_prompt_embeds": negative}
+        got = draw(other, prompt=None, **given, **image)
+    with compose(other, pair, **how):
+        assert torch.equal(draw(other, prompt="a cat", **image), got)
+
+
 def test_sine_is_its_formula(sd: Any, pair: Any, draw: Any) -> None:
     """One step, whose guided answer is recomputed from three plain ones."""
     scale, share = 4.0, 0.7
@@ -123,8 +196,6 @@ def stepped(pipe: Any, answer: torch.Tensor) -> torch.Tensor:
 
 
 def test_sine_leaves_the_rest_of_the_run_to_the_base() -> None:
-    from studio.composition.plan import Step
-
     plan = Sine(Sine.Options(source="a cat", until=0.5)).prepare({"one": None}, {"one": 1.0})
     assert [len(plan.at(Step(index, 4, index / 4))) for index in range(4)] == [3, 3, 1, 1]
     with pytest.raises(CompositionError, match="got no adapters"):

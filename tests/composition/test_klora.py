@@ -21,7 +21,8 @@ from studio.composition import layer_sums
 from studio.composition.engine import compose
 from studio.composition.methods.klora import KLora, KLoraPlan
 from studio.composition.plan import BaseInfo, Step
-from studio.errors import CompositionError
+from studio.errors import BaseNeeded, CompositionError
+from studio.models.fingerprint import fingerprint
 from studio.registry import KINDS
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -300,12 +301,6 @@ def test_an_adapter_of_weight_zero_or_without_effect_leaves_the_layers_to_the_ot
     assert set(acting(plan_of({"content": style, "style": untrained}), late)) == {"content"}
 
 
-def test_one_adapter_alone_acts_everywhere() -> None:
-    plan = plan_of({"only": adapter(1)}, {"only": 0.7})
-    assert set(acting(plan, Step(19, 20, 0.95))) == {"only"}
-    assert plan.describe(3)[0].weights == pytest.approx((0.7, 0.7, 0.7))
-
-
 def test_the_table_tells_the_share_of_the_layers() -> None:
     plan = plan_of({"content": adapter(1), "style": adapter(2)}, {"content": 1.0, "style": 0.5})
     rows = {row.adapter: row.weights for row in plan.describe(8)}
@@ -467,10 +462,13 @@ def test_other_kinds_are_measured_on_the_base(kind: str, short_sd: Any, measured
     wanted = [score("content", name) / score("style", name) for name in names]
     assert [layer.ratio for layer in plan.layers] == pytest.approx(wanted, rel=1e-5)  # fp32 sums
     measured.clear()
-    plan_of(adapters, weights, base=base, k=11)
+    not_loaded = BaseInfo(fingerprint=fingerprint(pipe))
+    for known in (base, not_loaded):
+        assert plan_of(adapters, weights, base=known, k=11, gamma="one") == plan
     assert measured == []
-    with pytest.raises(CompositionError, match=r"'c' .* no base was given. Compose on a pipeline"):
-        plan_of(adapters, weights, k=11)
+    for unknown in (None, BaseInfo(fingerprint="another")):
+        with pytest.raises(BaseNeeded, match=r"'c' .* no base was given. Compose on a pipeline"):
+            plan_of(adapters, weights, base=unknown, k=11)
 
 
 def test_a_change_without_rank_asks_for_k() -> None:
@@ -483,6 +481,8 @@ def test_a_change_without_rank_asks_for_k() -> None:
 def test_refusals_name_the_way_out() -> None:
     with pytest.raises(CompositionError, match=r"got no adapters. Give at least one"):
         plan_of({}, {})
+    with pytest.raises(CompositionError, match=r"got 'only' alone. Give two adapters or more, or .* 'merge'"):
+        plan_of({"only": adapter(1)})
     with pytest.raises(CompositionError, match=r"content: unknown adapter 'cat'. Did you mean 'cats'"):
         plan_of({"cats": adapter(1)}, content="cat")
     broken = adapter(1, name="broken")

@@ -134,6 +134,73 @@ def test_switch_with_one_adapter_suits_any_number_of_steps() -> None:
     switch(1, switch_every=50).check(1)
 
 
+@pytest.mark.parametrize(
+    ("count", "ranges", "acting"),
+    [
+        (2, {"a": "0-0.5"}, "aabbaabbaabbbbbbbbbb"),
+        # A turn ends with the range, and the next one is of whoever comes next in the order.
+        (2, {"a": [0, 0.35], "b": "0.25 - 1"}, "aaaaaabbbbbbbbbbbbbb"),
+        (3, {"b": (0.5, 1), "c": "0-0.7"}, "aaccaaccaabbccaabbaa"),
+    ],
+)
+def test_switch_gives_turns_to_those_whose_range_holds_the_step(
+    count: int, ranges: dict[str, object], acting: str
+) -> None:
+    plan = switch(count, switch_every=2, ranges=ranges)
+    assert "".join(plan.active(Step(index, 20, 0.9)) for index in range(20)) == acting
+    plan.check(20)
+
+
+def test_switch_starts_the_solver_anew_where_a_range_ends() -> None:
+    plan = switch(2, switch_every=4, ranges={"a": "0-0.3"}, solver_history="drop")
+    assert [index for index in range(10) if plan.restarts(Step(index, 10, index / 10))] == [3]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "problem"),
+    [
+        ({"a": "0-0.3", "b": "0.5-1"}, "nobody has a turn from 0.3 to 0.5 of the run. Widen"),
+        ({"a": "0.1-1", "b": "0.2-1"}, "from 0 to 0.1 of"),
+        ({"a": "0-0.6", "b": "0-0.8"}, "from 0.8 to 1 of"),
+        ({"x": "0-1"}, "ranges: unknown adapter 'x'. Known: a, b"),
+    ],
+)
+def test_switch_refuses_ranges_that_leave_steps_to_nobody(ranges: dict[str, str], problem: str) -> None:
+    with pytest.raises(CompositionError, match=problem):
+        switch(2, ranges=ranges)
+
+
+def test_a_range_in_which_others_have_all_turns_is_said() -> None:
+    with pytest.raises(
+        CompositionError, match=r"run of 20 steps 'b' would never have a turn.*Widen the range"
+    ):
+        switch(2, switch_every=5, ranges={"b": "0-0.1"}).check(20)
+
+
+@pytest.mark.parametrize("given", ["half", "0.5-0.2", "0-2", [0], 0.5], ids=str)
+def test_what_is_no_range_is_refused(given: object) -> None:
+    with pytest.raises(SpecError, match=r"ranges.a: a range is two fractions of the run"):
+        parse_spec(Switch.Options, {"ranges": {"a": given}})
+
+
+def test_ranges_are_read_from_flags_and_documents_as_they_are_written() -> None:
+    given = {"prompt": "x", "method": "switch", "ranges": {"a": "0-0.4", "b": [1e-05, 1 / 3]}}
+    spec = parse_spec(GenerateSpec, given)
+    assert spec.model_dump(mode="json")["options"]["ranges"] == {"a": "0-0.4", "b": f"1e-05-{1 / 3}"}
+    assert parse_spec(GenerateSpec, spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize("method", ["switch", "w-switch", "composite", "w-composite"])
+def test_that_one_adapter_needs_no_such_method_is_said_once(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = COMPOSERS[method]
+    options = {"triggers": {method: "fox"}} if "triggers" in kind.Options.model_fields else {}
+    for _ in range(2):
+        kind(kind.Options(**options)).prepare({method: None}, {method: 1.0})
+    assert caplog.text.count(f"'{method}' alone acts in every step, as it would by method 'merge'") == 1
+
+
 def test_the_longest_prefix_gives_the_weight_of_a_layer() -> None:
     branch = Branch({"a": {"unet.up_blocks": 0.5, "unet.up_blocks.1": 0.25}, "b": 2.0})
     assert branch.weight("a", "unet.up_blocks.0.conv.weight") == 0.5

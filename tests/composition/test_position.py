@@ -123,21 +123,6 @@ def test_a_run_that_ends_before_the_schedule_counts_the_steps_it_executes(short_
     assert len(steps) < 10
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "dpm++2m"])
-def test_the_noise_level_is_a_falling_sigma(name: str, short_sd: Any, draw: Any) -> None:
-    pipe = short_sd()
-    pipe.scheduler = scheduler(name)
-    steps = [step for step in watched(pipe, lambda pipe: draw(pipe, steps=5)) if step]
-    alphas = pipe.scheduler.alphas_cumprod
-    levels = [step.noise_level or 0.0 for step in steps]
-    wanted = [
-        float(((1 - alphas[round(step.timestep or 0)]) / alphas[round(step.timestep or 0)]) ** 0.5)
-        for step in steps
-    ]
-    assert levels == sorted(levels, reverse=True)
-    assert levels == pytest.approx(wanted, rel=0.02)  # euler interpolates between the trained levels
-
-
 def test_a_loop_that_copies_timesteps_is_found_by_value() -> None:
     solver = scheduler("ddim")
     position = Position(solver)

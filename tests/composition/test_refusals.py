@@ -88,13 +88,14 @@ def test_fused_projections_are_refused_until_they_are_separate(short_sd: Any, ma
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_weights_on_meta_are_refused_where_nothing_can_act_beside_them(
-    part: str, short_sd: Any, target: Any
+    part: str, short_sd: Any, target: Any, parameter: Any
 ) -> None:
     pipe = short_sd()
-    dense = FullChange(torch.zeros(pipe.unet.conv_in.weight.shape))
+    name = target["conv" if part == "unet" else "text"]
+    dense = FullChange(torch.zeros(parameter(pipe, name).shape))
     getattr(pipe, part).to("meta")
     with pytest.raises(CompositionError, match="enable_model_cpu_offload"):
-        compose(pipe, {"one": Adapter(name="one", kind="full", changes={"unet.conv_in.weight": dense})})
+        compose(pipe, {"one": Adapter(name="one", kind="full", changes={name: dense})})
 
 
 def test_an_adapter_of_another_architecture_is_refused_with_its_misfits(
@@ -146,14 +147,19 @@ def test_wrong_names_and_weights_are_refused(short_sd: Any, make_adapter: Any) -
         compose(pipe, adapters, method=Switch(), options={"switch_every": 1})
 
 
-def test_one_adapter_under_two_names_acts_twice(
-    short_sd: Any, make_adapter: Any, parameter: Any, summed: Any
+def test_one_adapter_under_two_names_is_refused_and_a_copy_is_said(
+    short_sd: Any, make_adapter: Any, parameter: Any, summed: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = short_sd()
     adapter = make_adapter(pipe, 1)
+    with pytest.raises(UsageError, match=r"'one' and 'again' are the same adapter. Leave one out"):
+        compose(pipe, {"one": adapter, "other": make_adapter(pipe, 2), "again": adapter})
+    assert not caplog.records
     wanted = summed(pipe, [(adapter, 0.5), (adapter, 0.25)])
-    with compose(pipe, {"one": adapter, "again": adapter}, weights={"one": 0.5, "again": 0.25}):
+    copied = {"one": adapter, "again": make_adapter(pipe, 1)}
+    with compose(pipe, copied, weights={"one": 0.5, "again": 0.25}):
         torch.testing.assert_close(parameter(pipe).double(), wanted, rtol=1e-6, atol=1e-6)  # one rounding
+    assert "'one' and 'again' make the same changes" in caplog.text
 
 
 def test_a_denoiser_call_outside_of_a_run_is_refused_when_the_plan_needs_the_step(
@@ -181,6 +187,16 @@ def test_a_replaced_scheduler_is_said(short_sd: Any, make_adapter: Any, draw: An
         pytest.raises(CompositionError, match="do not replace the scheduler"),
     ):
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        draw(pipe)
+
+
+def test_a_replaced_denoiser_is_said(short_sd: Any, make_adapter: Any, draw: Any) -> None:
+    pipe = short_sd()
+    with (
+        compose(pipe, {"one": make_adapter(pipe, 1)}),
+        pytest.raises(CompositionError, match=r"UNet was replaced.*Do that before compose"),
+    ):
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
         draw(pipe)
 
 

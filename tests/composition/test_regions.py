@@ -32,14 +32,13 @@ def adapters(sd: Any, make_adapter: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ask(sd: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def ask(sd: Any) -> Any:
     """Return a function that asks the denoiser for a guided batch of two pictures 8 x 8."""
-    monkeypatch.setattr(type(sd), "do_classifier_free_guidance", property(lambda _: True))
-    generator = torch.Generator().manual_seed(3)
-    sample = torch.randn(4, 4, 8, 8, generator=generator)
-    words = torch.randn(4, 77, 32, generator=generator)
+    sample = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
     def evaluate() -> torch.Tensor:
+        tokens, negative = sd.encode_prompt(["a fox", "a cat"], "cpu", 1, True)
+        words = torch.cat([negative, tokens])
         sd.scheduler.set_timesteps(1)
         with torch.no_grad():
             return sd.unet(sample, sd.scheduler.timesteps[0], words, return_dict=False)[0]
