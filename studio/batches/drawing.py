@@ -12,6 +12,8 @@ from studio.errors import OutputError, StudioError
 from studio.png import NOT_OF_THE_PICTURE, read_spec
 from studio.specs import Event, GenerateSpec, OnEvent
 
+Failed = Callable[[Sequence[Wanted], StudioError], None]
+"""Told of pictures that cannot be drawn, and why; goes on, or raises."""
 _OF_EACH = frozenset({"prompt", "seed"})
 _SHOWN = 3  # changed pictures in a message
 
@@ -34,6 +36,7 @@ def draw_wanted(
     write: bool,
     tell: OnEvent,
     stop: Callable[[], bool] | None = None,
+    failed: Failed | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Yield the place and the picture of each, group by group.
 
@@ -43,6 +46,8 @@ def draw_wanted(
         write: Whether each goes to its path.
         tell: Told of progress in denoising steps with the pictures per second, and of each written picture.
         stop: Asked between denoising steps.
+        failed: Told of what its adapters, composition or prompt do not let be drawn, and why; the others are
+            drawn unless it raises. By default that is raised.
 
     Raises:
         Stopped: If told to.
@@ -52,7 +57,14 @@ def draw_wanted(
         members = [wanted[place] for place in places]
         paths = [each.path for each in members] if write else []
         specs = [each.spec for each in members]
-        for place, result in draw_all(specs, batch_size=batch_size, paths=paths, tell=meter, stop=stop):
+
+        def report(which: Sequence[int], error: StudioError, members: list[Wanted] = members) -> None:
+            if failed is None:
+                raise error
+            failed([members[place] for place in which], error)
+
+        pictures = draw_all(specs, batch_size=batch_size, paths=paths, tell=meter, stop=stop, failed=report)
+        for place, result in pictures:
             meter.count()
             yield places[place], result
         meter.close_group(sum(spec.steps for spec in specs))

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from studio.errors import SpecError, UsageError
+from studio.batches.plans import planning_problems
+from studio.errors import CompositionError, SpecError, UsageError
 from studio.models.prompt_syntax import take_flags
 from studio.prompt_settings import settled
 from studio.specs import GenerateSpec, parse_spec
@@ -78,18 +79,27 @@ def wanted_pictures(
 
     Raises:
         SpecError: If something is wrong with what all share.
+        CompositionError: If no line can be drawn, and all for the same reason.
     """
     parse_spec(GenerateSpec, {**shared, "prompt": ""})
-    found: list[Wanted] = []
-    problems: list[str] = []
+    read: list[tuple[Line, GenerateSpec, bool]] = []
+    problems: list[tuple[int, str]] = []
     for line in lines:
         try:
             spec = settled(parse_spec(GenerateSpec, {**shared, "prompt": line.text}))
             own = not spec.raw_prompt and "seed" in take_flags(line.text)[1]
         except SpecError as error:
-            problems += [f"line {line.number}: {problem}" for problem in error.problems]
+            problems += [(line.number, problem) for problem in error.problems]
             continue
+        read.append((line, spec, own))
+    refused = planning_problems([spec for _, spec, _ in read])
+    if len(refused) == len(lines) > 1 and len(set(refused.values())) == 1:
+        raise CompositionError(refused[0])
+    problems += [(read[place][0].number, problem) for place, problem in refused.items()]
+    found: list[Wanted] = []
+    for place, (line, spec, own) in enumerate(read):
         for seed in (spec.seed,) if own else seeds:
-            seeded = spec.model_copy(update={"seed": seed})
-            found.append(Wanted(seeded, line.number, {"line": line.number}))
-    return found, problems
+            if place not in refused:
+                seeded = spec.model_copy(update={"seed": seed})
+                found.append(Wanted(seeded, line.number, {"line": line.number}))
+    return found, [f"line {number}: {problem}" for number, problem in sorted(problems)]

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from studio.batches.drawing import draw_wanted, grouped, missing
+from studio.batches.drawing import Failed, draw_wanted, grouped, missing
 from studio.batches.grid import SHEET, lay_out
 from studio.batches.lines import Wanted, read_lines, shared_settings, wanted_pictures
 from studio.batches.manifest import NAME, Manifest
 from studio.drawing import Result, check_writable
-from studio.errors import OutputError, SpecError
+from studio.errors import OutputError, SpecError, StudioError
 from studio.generation import Stopped
 from studio.models.device import resolve_device
 from studio.png import NOT_OF_THE_PICTURE, read_spec
@@ -77,7 +77,20 @@ def draw_batch(
         if processes.main:
             for problem in problems:
                 tell(Event(kind="message", message=f"left out, {problem}"))
-    return replace(_drawn(pictures, spec, processes, tell, stop), left_out=tuple(problems))
+
+    def failed(those: Sequence[Wanted], error: StudioError) -> None:
+        numbers = sorted({each.number for each in those})
+        if numbers == sorted({each.number for each in pictures}):
+            raise error
+        problem = f"line {', '.join(map(str, numbers))}: {error}"
+        if not spec.skip_bad:
+            error.args = (f"{problem} Mend it, or leave it out with --skip-bad.",)
+            raise error
+        problems.append(problem)
+        tell(Event(kind="message", message=f"left out, {problem}"))
+
+    result = _drawn(pictures, spec, processes, tell, stop, failed)
+    return replace(result, left_out=tuple(problems))
 
 
 def draw_grid(
@@ -127,6 +140,7 @@ def _drawn(
     processes: Processes,
     tell: OnEvent,
     stop: Callable[[], bool] | None,
+    failed: Failed | None = None,
 ) -> BatchResult:
     """Draw this process's share of the pictures that are not there yet."""
     # What is missing is decided once: the others may be drawing already when a process looks.
@@ -143,7 +157,7 @@ def _drawn(
                     manifest.add(each.path, entry(each))
         mine = share(todo, processes, batch_size=spec.batch_size)
         try:
-            for _ in written(mine, manifest, batch_size=spec.batch_size, tell=tell, stop=stop):
+            for _ in written(mine, manifest, batch_size=spec.batch_size, tell=tell, stop=stop, failed=failed):
                 drawn += 1
         except Stopped:
             stopped = True
@@ -171,13 +185,15 @@ def written(
     batch_size: int,
     tell: OnEvent,
     stop: Callable[[], bool] | None = None,
+    failed: Failed | None = None,
 ) -> Iterator[Result]:
-    """Yield pictures as they are drawn, each written and listed.
+    """Yield pictures as they are drawn, each written and listed; see ``draw_wanted``.
 
     Raises:
         Stopped: If told to.
     """
-    for place, result in draw_wanted(wanted, batch_size=batch_size, write=True, tell=tell, stop=stop):
+    pictures = draw_wanted(wanted, batch_size=batch_size, write=True, tell=tell, stop=stop, failed=failed)
+    for place, result in pictures:
         manifest.add(wanted[place].path, entry(wanted[place]))
         yield result
 

@@ -11,6 +11,7 @@ from studio.adapters.container import check_target
 from studio.adapters.files import load_adapter, usual_dtype
 from studio.adapters.merge import merge_adapters
 from studio.adapters.parameters import components_of, find_parameter
+from studio.bases import cached_base, known_fingerprint
 from studio.composing.average import Average
 from studio.composing.planning import load_adapters, plan_of, reads_prompt, tell_differences, weights_of
 from studio.composition.engine import compose
@@ -19,7 +20,6 @@ from studio.generation import Settings, draw, quiet
 from studio.merging.merge import check_without_base
 from studio.merging.outputs import described, inherited_facts, write_with_tokens
 from studio.merging.report import MergeReport, report_of
-from studio.models.base import load_base
 from studio.models.device import resolve_dtype
 from studio.models.prompt_encoding import reading_prompts
 from studio.registry import MERGERS
@@ -108,8 +108,13 @@ def bake(spec: BakeSpec, *, on_event: OnEvent | None = None) -> BakeResult:
         message = "the plan depends on the prompt; baked is the one without. Give --prompt."
         tell(Event(kind="message", message=message))
     loaded = spec.measure or bool(spec.prompts)
-    pipe = load_base(spec.base, device=spec.device, precision="auto") if loaded else None
-    planned = plan_of(spec, pipe, prompt=spec.prompts[0] if spec.prompts else None)
+    pipe = cached_base(spec.base, spec.device, "auto", on_event=tell) if loaded else None
+    planned = plan_of(
+        spec,
+        pipe,
+        prompt=spec.prompts[0] if spec.prompts else None,
+        fingerprint=None if loaded else known_fingerprint(spec.base, spec.device, "auto"),
+    )
     tokens = tokens_of(planned.adapters, {name: planned.weights.get(name, 1.0) for name in planned.adapters})
     average = Average(planned.plan, planned.adapters, total=spec.steps)
     layered = {name: adapter for name, adapter in planned.adapters.items() if adapter.changes}

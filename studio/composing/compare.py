@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +112,7 @@ def compare(
         check_writable(path, overwrite=spec.overwrite)
     request = settled(spec.request())
     with ExitStack() as stack:
-        pipe = base_to_draw(request)
+        pipe = base_to_draw(request, tell)
         stack.enter_context(quiet(pipe))
         sampler = stack.enter_context(solver(pipe, request.scheduler))
         facts = facts_of(pipe, request, sampler=sampler)
@@ -244,6 +244,5 @@ class _Contest:
 
 
 def _settings(request: GenerateSpec, *, steps: int | None = None) -> Settings:
-    return Settings(
-        request.negative_prompt, steps or request.steps, request.guidance_scale, request.width, request.height
-    )
+    settings = Settings.of(request)
+    return replace(settings, steps=steps) if steps else settings

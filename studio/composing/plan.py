@@ -1,6 +1,6 @@
 """Show what a composition does at each step, as a table and as a picture."""
 
-from studio.bases import cached_base
+from studio.bases import cached_base, known_fingerprint
 from studio.composing.picture import draw_timeline
 from studio.composing.planning import Planned, plan_of, reads_prompt, tell_differences
 from studio.composing.timeline import Timeline, timeline
@@ -19,7 +19,8 @@ def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
 
     Raises:
         AdapterError: If an adapter cannot be read or does not fit.
-        BaseNeeded: If the method measures adapters on the base, and it is not to be loaded.
+        BaseNeeded: If the method measures adapters on the base, which was not done before, and it is not to
+            be loaded.
         CompositionError: If the method cannot do it.
         OutputError: If the picture exists or cannot be written.
     """
@@ -34,7 +35,7 @@ def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
     if spec.prompt is None and reads_prompt(spec):
         message = "the plan depends on the prompt; this is the one without. Give --prompt."
         tell(Event(kind="message", message=message))
-    found = timeline(_planned(spec).plan, spec.steps)
+    found = timeline(_planned(spec, tell).plan, spec.steps)
     if spec.picture:
         try:
             spec.picture.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +46,14 @@ def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
     return found
 
 
-def _planned(spec: PlanSpec) -> Planned:
+def _planned(spec: PlanSpec, tell: OnEvent) -> Planned:
     """Return the plan, made without the base if it can be."""
     if spec.prompt is None or not reads_prompt(spec):
         try:
-            return plan_of(spec)
+            known = known_fingerprint(spec.base, spec.device, spec.precision)
+            return plan_of(spec, fingerprint=known)
         except BaseNeeded as error:
             if not spec.measure:
                 raise BaseNeeded(f"{error} Here --measure loads the base.") from None
-    pipe = cached_base(spec.base, spec.device, spec.precision)
+    pipe = cached_base(spec.base, spec.device, spec.precision, on_event=tell)
     return plan_of(spec, pipe, prompt=spec.prompt)

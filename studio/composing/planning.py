@@ -13,7 +13,7 @@ from studio.adapters.header import tensor_hash
 from studio.adapters.parameters import canonical_names, components_of
 from studio.composition.engine import compose
 from studio.composition.fit import check_weights, fit_adapters
-from studio.composition.plan import Plan
+from studio.composition.plan import BaseInfo, Plan
 from studio.composition.planner import Planner, make_composer, make_modifiers
 from studio.models.prompt_encoding import reading_prompts
 from studio.provenance import adapter_differences
@@ -66,7 +66,11 @@ def tell_differences(spec: Ingredients, tell: OnEvent) -> None:
 
 
 def plan_of(
-    spec: CompositionSpec, pipe: "DiffusionPipeline | None" = None, *, prompt: str | None = None
+    spec: CompositionSpec,
+    pipe: "DiffusionPipeline | None" = None,
+    *,
+    prompt: str | None = None,
+    fingerprint: str | None = None,
 ) -> Planned:
     """Return the plan of a composition.
 
@@ -74,10 +78,12 @@ def plan_of(
         spec: The composition.
         pipe: Its base; without one adapters are only checked to be of the same family of bases.
         prompt: For methods that depend on it; needs the base. Without one their plan is that of no prompt.
+        fingerprint: Of the base, where there is no pipeline: what was measured on it before is found by this.
+            Default: the one that the composition expects.
 
     Raises:
         AdapterError: If an adapter cannot be read or does not fit, or a merge of them needs the base.
-        BaseNeeded: If the method has to measure adapters on the base.
+        BaseNeeded: If the method measures adapters on the base, and that was not done before.
         CompositionError: If the method cannot do it.
     """
     adapters, weights = load_adapters(spec, pipe), weights_of(spec)
@@ -94,7 +100,8 @@ def plan_of(
         )
         given = {name: weight for name, weight in check_weights(adapters, weights).items() if name in acting}
         composer = make_composer(spec.method, spec.options)
-        plan = Planner(composer, make_modifiers(spec.modifiers), acting, given, None).plan()
+        base = BaseInfo(fingerprint=fingerprint or spec.expected_hashes.get(spec.base))
+        plan = Planner(composer, make_modifiers(spec.modifiers), acting, given, base).plan()
     tokens = {name: adapter for name, adapter in adapters.items() if name not in acting}
     return Planned(plan, {**acting, **plan.formed, **tokens}, weights)
 

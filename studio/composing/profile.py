@@ -58,7 +58,7 @@ def measure_profiles(spec: ProfileSpec, *, on_event: OnEvent | None = None) -> P
             on_event(event)
 
     tell_differences(spec, tell)
-    pipe = cached_base(spec.base, spec.device, spec.precision)
+    pipe = cached_base(spec.base, spec.device, spec.precision, on_event=tell)
     adapters = {name: adapter for name, adapter in load_adapters(spec, pipe).items() if adapter.changes}
     if not adapters:
         raise AdapterError("new tokens alone have no frequencies. Give adapters that change the base.")

@@ -131,6 +131,12 @@ def test_a_drawing_with_a_cache_says_what_it_cost(
         ("compose --adapter FOX:much --output x.toml", 2, "fox.safetensors' must be a number, got 'much'"),
         ("compose --adapter FOX:nan --output x.toml", 2, "fox.safetensors' must be a number, got 'nan'"),
         ("compose --adapter FOX --adapter FOX:0.5 --output x.toml", 2, "is given twice. Leave one out"),
+        (
+            "compose --adapter FOX --adapter ./link/fox.safetensors --output x.toml",
+            2,
+            "is given twice, also as",
+        ),
+        ("merge FOX ./link/fox.safetensors", 2, "is given twice, also as"),
         ("compose --plan none.toml", 2, "cannot read the composition 'none.toml'"),
         ("compose --plan --bake", 2, "not allowed with argument"),
         ("compose --plan --adapter none.safetensors", 1, "none.safetensors does not exist"),
@@ -156,7 +162,10 @@ def test_a_drawing_with_a_cache_says_what_it_cost(
         ("generate --prompt x --composition none.toml", 2, "cannot read the composition 'none.toml'"),
     ],
 )
-def test_bad_input_is_one_message_with_the_way_out(words: str, code: int, message: str, run: Run) -> None:
+def test_bad_input_is_one_message_with_the_way_out(
+    words: str, code: int, message: str, run: Run, duo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(duo)
     got, out, err = run(*words.split())
     assert (got, out) == (code, "") and message in err
     assert err.startswith("error: ") and "Traceback" not in err

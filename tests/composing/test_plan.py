@@ -1,5 +1,7 @@
 """A plan is shown as a table and a picture: most without a base, the others say how to go on."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import torch
 from PIL import Image
 
 import studio
+from studio import bases
+from studio.bases import known_fingerprint
 from studio.composing.planning import load_adapters, weights_of
 from studio.composing.timeline import Timeline
 from studio.errors import AdapterError, BaseNeeded, CompositionError, OutputError, UsageError
@@ -108,9 +112,10 @@ def test_the_picture_shows_which_adapter_acts_when(shown: Callable[..., Timeline
         shown(**NOWHERE, picture=path)
 
 
-def test_a_plan_that_measures_adapters_says_what_measures_them(
-    shown: Callable[..., Timeline], monkeypatch: pytest.MonkeyPatch
+def test_a_plan_that_measures_adapters_says_what_measures_them_and_finds_it_without_the_base(
+    shown: Callable[..., Timeline], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bases._BASES.clear()
     with pytest.raises(
         BaseNeeded, match=r"'fox', 'ink' bring in .*'studio compose --profile' .*--measure loads"
     ):
@@ -123,7 +128,18 @@ def test_a_plan_that_measures_adapters_says_what_measures_them(
         raise AssertionError("measured twice")
 
     monkeypatch.setattr("studio.composition.profiles._Meter._measured", again)
-    assert shown(method="cmlora", measure=True, steps=8) == measured
+    bases._BASES.clear()
+    monkeypatch.setattr(bases, "load_base", again)
+    assert shown(method="cmlora", steps=8) == measured
+    # A document knows its base's hash, wherever that lies.
+    copied = str(shutil.copytree(base, tmp_path / "copied"))
+    expected = {copied: str(known_fingerprint(base, "auto", "auto"))}
+    assert shown(base=copied, method="cmlora", steps=8, expected_hashes=expected) == measured
+    with pytest.raises(BaseNeeded, match="not done yet"):
+        shown(base=copied, method="cmlora")
+    os.utime(Path(base, "unet", "config.json"), (0, 0))
+    with pytest.raises(BaseNeeded, match="not done yet"):
+        shown(method="cmlora")
 
 
 def test_profiles_tell_the_roles_that_cmlora_gives(
