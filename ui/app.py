@@ -20,7 +20,7 @@ from studio.ui.panel import follow_clock
 from studio.ui.pictures import clean_uploads
 from studio.ui.supervisor import Supervisor
 from studio.ui.theme import CSS, theme
-from studio.ui.train_tab import TrainTab
+from studio.ui.train_tab import TrainTab, used_together
 from studio.workspace import Workspace, workspace
 
 log = logging.getLogger("studio.ui")
@@ -153,10 +153,11 @@ def _forget_old_uploads(space: Workspace) -> None:
 def _draw_with(follower: Follower, generate: GenerateTab) -> list[Any]:
     """Return the Generate tab opened and set to the adapter that was trained last."""
     story = follower.latest("train")
-    if story is None or story.adapter is None:
+    adapters = used_together(story)
+    if story is None or not adapters:
         return [gr.skip() for _ in range(1 + len(generate.request_outputs))]
     spec = story.job.spec
     return [
         gr.Tabs(selected="generate"),
-        *generate.use(story.adapter, spec.get("prompt"), spec.get("base", "starter")),
+        *generate.use(adapters, spec.get("prompt"), spec.get("base", "starter")),
     ]

@@ -8,10 +8,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pandas
 
 from studio.jobs import Job, JobStore, Kind, Reported
+
+T = TypeVar("T")
 
 CHART_POINTS = 240
 SHOWN_MESSAGES = 3
@@ -35,8 +38,9 @@ class Story:
 
     Attributes:
         losses: Step, loss and smoothed loss of each optimizer step.
+        validation: Step and loss on the pictures held out of each measurement.
         pictures: Samples or results in order, with a caption.
-        adapter: The last adapter file that was written.
+        files: Files of the adapter that was written last, by part; its own is first, its word is empty.
         messages: What was said on the way.
         lines: The report and the messages.
     """
@@ -47,8 +51,9 @@ class Story:
     total: int = 0
     speed: float = 0.0
     losses: list[tuple[int, float, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
     pictures: list[tuple[Path, str]] = field(default_factory=list)
-    adapter: Path | None = None
+    files: dict[str, Path] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     first: tuple[int, float] | None = None
@@ -68,10 +73,12 @@ class Story:
             seed = event.path.stem.rpartition("-")[2]
             caption = f"step {event.step}" if event.kind == "sample" else f"seed {seed}"
             self.pictures.append((event.path, caption))
-        elif event.kind == "saved":
-            self.adapter = event.path
+        elif event.kind == "saved" and event.path:
+            self.files = {**(self.files if event.part else {}), event.part: event.path}
         if event.kind == "message":
             self.messages.append(event.message)
+        if "validation_loss" in event.values:
+            self.validation.append((event.step, event.values["validation_loss"]))
         if event.kind in ("report", "message") and event.message:
             self.lines.append(event.message)
 
@@ -81,11 +88,10 @@ class Story:
 
     def chart(self) -> pandas.DataFrame:
         """Return the losses as rows of step, loss and curve, thinned to as many as a chart shows."""
-        every = max(1, len(self.losses) // CHART_POINTS)
-        # Counted from the end, so that the newest step is always there.
-        shown = self.losses[::-every][::-1]
+        shown = _thinned(self.losses)
         rows = [(step, loss, "each step") for step, loss, _ in shown]
         rows += [(step, smoothed, "smoothed") for step, _, smoothed in shown]
+        rows += [(step, loss, "held out") for step, loss in _thinned(self.validation)]
         return pandas.DataFrame(rows, columns=["step", "loss", "curve"])
 
 
@@ -143,6 +149,12 @@ def notice(message: str, *, bad: bool = True) -> str:
     """Return one message as HTML."""
     role, look = ("alert", "bad") if bad else ("status", "plain")
     return f'<div class="notice {look}" role="{role}">{html.escape(message)}</div>'
+
+
+def _thinned(rows: list[T]) -> list[T]:
+    every = max(1, len(rows) // CHART_POINTS)
+    # Counted from the end, so that the newest is always there.
+    return rows[::-every][::-1]
 
 
 def _facts(story: Story) -> list[str]:

@@ -150,9 +150,10 @@ class GenerateTab:
         regions = self.regions.write(names, self._mask_files(request, names))
         return [expected, chosen, names, *sliders, *modifiers, *self.form.write(request), *regions]
 
-    def use(self, adapter: Path, prompt: str | None, base: str) -> list[Any]:
-        """Return the form set to draw with a trained adapter."""
-        request: Values = {"adapters": [{"path": str(adapter), "weight": 1.0}], "base": base}
+    def use(self, adapters: Sequence[Path], prompt: str | None, base: str) -> list[Any]:
+        """Return the form set to draw with a trained adapter, of one or several files."""
+        uses = [{"path": str(path), "weight": 1.0} for path in adapters]
+        request: Values = {"adapters": uses, "base": base}
         return self.show(request | ({"prompt": prompt} if prompt else {}))
 
     @property

@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -206,11 +205,6 @@ def _digest(story: Story | None, mark: Hashable) -> str:
     """Return a mark in few letters, another for each job: a part may have shown other things between two."""
     job = (story.job.id, story.job.attempt) if story else None
     return hashlib.blake2s(repr((job, mark)).encode(), digest_size=8).hexdigest()
-
-
-def existing(path: Path | None) -> str | None:
-    """Return a file's path as a component takes it, or None when there is no such file."""
-    return str(path) if path and path.is_file() else None
 
 
 def _stoppable(story: Story | None) -> bool:

@@ -20,7 +20,7 @@ h2 small { font-size: .85rem; font-weight: 400; color: var(--body-text-color-sub
 .fields { align-items: stretch !important; }
 .fields .block > .container { display: flex; flex-direction: column; height: 100%; }
 .fields .block > .container > :last-child { margin-top: auto; }
-.fields input[type=number] { height: 38px; }
+.fields input[type=number], #train-rate input { height: 38px; }
 .sliders input[type=number] { height: auto; }
 .about { font-size: .8rem; color: var(--body-text-color-subdued); }
 .folded { border-width: 0 0 1px !important; border-radius: 0 !important; padding-inline: 0 !important; }
@@ -47,6 +47,9 @@ input[role=combobox] { text-overflow: ellipsis; padding-right: 26px !important; 
   grid-auto-rows: min-content !important; }
 .thumbs .thumbnail-item { aspect-ratio: 1; height: auto !important; }
 .thumbs .caption-label { display: none; }
+#train-download .label-clear-button { display: none; }
+#train-download .filename { flex-wrap: wrap; }
+#train-download .stem { white-space: normal; overflow-wrap: anywhere; }
 .idle { padding: 22px 18px; border: 1px dashed var(--border-color-primary); border-radius: 8px;
   color: var(--body-text-color-subdued); text-align: center; }
 .job { padding: 12px 16px 14px; border: 1px solid var(--border-color-primary); border-radius: 8px;

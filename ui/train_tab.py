@@ -8,25 +8,17 @@ from typing import Any
 import gradio as gr
 
 from studio.errors import DataError, StudioError, UsageError
-from studio.presets import preset, presets
-from studio.specs import TrainSpec, parse_spec, settable
+from studio.presets import presets
+from studio.registry import TRAINERS
+from studio.specs import TrainSpec, parse_spec
 from studio.trainers.run_folder import RunFolder
 from studio.ui.follow import Follower, Story, notice
 from studio.ui.forms import Form, Values, folded
-from studio.ui.panel import Panel, existing
+from studio.ui.panel import Panel
 from studio.ui.pictures import PICTURES, captioned, example_set, keep_uploads
+from studio.ui.train_start import DEMO, DEMO_ON, START, USUAL, is_demo, method_of, own_rate, preset_values
 from studio.workspace import Workspace
 
-START: Values = {
-    "prompt": "a photo of sks robot",
-    "steps": 200,
-    "batch_size": 4,
-    "learning_rate": 2e-3,
-    "rank": 8,
-    "sample_every": 50,
-    # For a retry after the worker was killed; on a stop and on most errors a checkpoint is written anyway.
-    "checkpoint_every": 100,
-}
 PRESETS = "Settings for a task or a GPU, to start from. Of several the later wins."
 IDLE = '<div class="idle">Press <b>Train</b> to teach the model the pictures on the left.</div>'
 
@@ -43,7 +35,7 @@ class TrainTab:
     def __init__(self, space: Workspace, follower: Follower, trouble: Callable[[], str]) -> None:
         self.space, self.follower = space, follower
         self.example = example_set(space)
-        self.form = Form(TrainSpec, START)
+        self.form = Form(TrainSpec, {**START, **DEMO})
         self.panel = Panel("train", follower, trouble, idle=IDLE)
 
     def layout(self) -> None:
@@ -59,19 +51,38 @@ class TrainTab:
     def wire(self) -> None:
         """Connect components with what they do."""
         self.panel.wire(self.request, [self.folder, self.name, *self.form.components])
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        components = {field.name: field.component for field in self.form.fields if field.method is None}
+        base, method = (components[name] for name in DEMO_ON)
         self.presets.input(
             self.fill,
-            inputs=self.presets,
-            outputs=[self.presets, self.panel.message, *self.form.components],
-            show_progress="hidden",
-            api_visibility="private",
+            inputs=[self.presets, base],
+            outputs=[self.presets, self.panel.message, self.settled, *self.form.components],
+            **quiet,
+        )
+        demo = [components[name] for name in DEMO]
+        # The user's choices alone: what a preset or an earlier training fills in is meant as it is.
+        gr.on(
+            [base.input, method.input],
+            self.settle,
+            inputs=[base, method, self.settled, *demo],
+            outputs=[self.settled, *demo],
+            **quiet,
+        )
+        options = [field.component for field in self.form.fields if field.method]
+        gr.on(
+            [component.change for component in (method, components["optimizer"], *options)],
+            self.show_own_rate,
+            inputs=self.form.components,
+            outputs=components["learning_rate"],
+            trigger_mode="always_last",
+            **quiet,
         )
         self.drop.change(
             self._take_pictures,
             inputs=self.drop,
             outputs=[self.folder, self.gallery, self.panel.message],
-            show_progress="hidden",
-            api_visibility="private",
+            **quiet,
         )
 
     def request(self, folder: str | None, name: str, *values: Any) -> Values:
@@ -90,28 +101,65 @@ class TrainTab:
         parse_spec(TrainSpec, request)
         return request
 
-    def fill(self, names: list[str]) -> list[Any]:
-        """Return updates that give the form the values of presets; where none says a value, the first one."""
+    def settle(self, base: str, method: str, before: str, *shown: Any) -> list[Any]:
+        """Return the method and updates of the demo's fields after another base or method was chosen.
+
+        The demo's values are for the demo alone, elsewhere those fields are as the specification has them.
+        Others, typed or a preset's, stay; but a learning rate goes where the methods' own ones differ, as
+        then it means something else.
+
+        Args:
+            base: That is chosen.
+            method: That is chosen.
+            before: The method that the form was last filled or settled for.
+            shown: What stands in the demo's fields.
+        """
+        old, new = (USUAL, DEMO) if is_demo(base, method) else (DEMO, USUAL)
+        unlike = own_rate({"method": before}) != own_rate({"method": method})
+        fields = {field.name: field for field in self.form.fields if field.method is None}
+        return [
+            method,
+            *(
+                gr.update(value=fields[name].write(new[name]))
+                if value == fields[name].write(old[name]) or (unlike and name == "learning_rate")
+                else gr.skip()
+                for name, value in zip(DEMO, shown, strict=True)
+            ),
+        ]
+
+    def show_own_rate(self, *values: Any) -> Any:
+        """Return an update that shows in the empty field which learning rate is the method's own."""
+        return gr.update(placeholder=_automatic(self.form.read(values)))
+
+    def fill(self, names: list[str], base: str) -> list[Any]:
+        """Return updates that give the form the values of presets; where none says a value, the first one.
+
+        Args:
+            names: Of the presets.
+            base: That is chosen.
+        """
         try:
-            values = _preset_values(names)
+            values = preset_values(names, base)
         except StudioError as error:
-            return [gr.skip(), notice(str(error)), *(gr.skip() for _ in self.form.fields)]
+            return [gr.skip(), notice(str(error)), gr.skip(), *(gr.skip() for _ in self.form.fields)]
         about = " ".join(presets()[name] for name in names) or PRESETS
-        return [gr.update(info=about), "", *self.form.write(values)]
+        return [gr.update(info=about), "", values["method"], *self.form.write(values)]
 
     @property
     def restored(self) -> list[Any]:
         """What ``restore`` returns updates for."""
-        return [self.folder, self.gallery, self.name, *self.form.components, *self.panel.outputs]
+        filled = [self.folder, self.gallery, self.name, self.settled, *self.form.components]
+        return [*filled, *self.panel.outputs]
 
     def restore(self) -> list[Any]:
         """Return everything as the newest job left it, for a page that was just loaded."""
         story = self.follower.latest("train")
         if story is None:
-            return [*(gr.skip() for _ in range(3 + len(self.form.fields))), *self.panel.refresh({})]
+            return [*(gr.skip() for _ in range(4 + len(self.form.fields))), *self.panel.refresh({})]
         spec = story.job.spec
         folder, name = Path(spec["data"]), Path(spec["output"]).stem
-        return [str(folder), captioned(folder), name, *self.form.write(spec), *self.panel.refresh({})]
+        filled = [str(folder), captioned(folder), name, method_of(spec), *self.form.write(spec)]
+        return [*filled, *self.panel.refresh({})]
 
     def _pictures(self) -> None:
         self.folder = gr.State(str(self.example) if self.example else None)
@@ -138,6 +186,7 @@ class TrainTab:
 
     def _fields(self) -> None:
         form = self.form
+        self.settled = gr.State(method_of({}))
         form.add("prompt", elem_id="train-prompt")
         self.presets = gr.Dropdown(
             list(presets()),
@@ -149,7 +198,7 @@ class TrainTab:
         )
         with gr.Row(elem_classes="fields"):
             form.add("base", elem_id="train-base", info=None, scale=2, min_width=150)
-            form.add("method", info=None, min_width=150)
+            form.add("method", elem_id="train-method", info=None, min_width=150)
             self.name = gr.Textbox(
                 "robot" if self.example else "adapter",
                 label="Adapter name",
@@ -159,7 +208,15 @@ class TrainTab:
         form.add_about()
         with gr.Row(elem_classes="fields"):
             form.add("steps", elem_id="train-steps", info=None, min_width=110)
-            form.add("learning_rate", info=None, min_width=110)
+            form.add(
+                "learning_rate",
+                info=None,
+                placeholder=_automatic({}),
+                # A placeholder that is too long is cut off; a field of several lines would grow.
+                max_lines=1,
+                elem_id="train-rate",
+                min_width=110,
+            )
             form.add("batch_size", info=None, min_width=110)
             form.add_options(only=["rank"], container=gr.Column, min_width=110, info=None)
         with gr.Row(elem_classes="fields"):
@@ -177,12 +234,12 @@ class TrainTab:
         panel.state()
         with gr.Column(visible=False) as losses:
             # Gradio's own label and legend push the axis out of the plot's frame.
-            gr.HTML("<h2>Loss<small>: each step in grey, smoothed in blue</small></h2>")
+            legend = gr.HTML(_legend(None))
             chart = gr.LinePlot(
                 x="step",
                 y="loss",
                 color="curve",
-                color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6"},
+                color_map={"each step": "#c7c9d3", "smoothed": "#5b5bd6", "held out": "#d9772b"},
                 x_title="step",
                 y_title="loss",
                 colors_in_legend=[],
@@ -192,18 +249,24 @@ class TrainTab:
                 elem_id="train-chart",
             )
         panel.follow("losses", losses, _learnt, lambda story: gr.update(visible=_learnt(story)))
+        panel.follow("legend", legend, _legend, _legend)
         panel.follow(
             "chart",
             chart,
-            lambda story: (story.job.id, story.job.attempt, len(story.losses)) if story else 0,
+            lambda story: (len(story.losses), len(story.validation)) if story else 0,
             lambda story: story.chart() if story and story.losses else None,
         )
         panel.pictures("Samples", columns=6)
-        with gr.Row(elem_classes="buttons"):
-            self.download = gr.DownloadButton("Download", interactive=False, elem_id="train-download")
-            self.use = gr.Button("Draw with it", interactive=False, elem_id="train-use")
-        panel.follow("download", self.download, _adapter, _download)
-        panel.follow("use", self.use, _adapter, lambda story: gr.update(interactive=bool(_adapter(story))))
+        self.download = gr.File(
+            label="Files to download",
+            file_count="multiple",
+            interactive=False,
+            visible=False,
+            elem_id="train-download",
+        )
+        self.use = gr.Button("Draw with it", interactive=False, elem_id="train-use")
+        panel.follow("download", self.download, written, _download)
+        panel.follow("use", self.use, written, lambda story: gr.update(interactive=bool(written(story))))
         panel.report("Report")
 
     def _take_pictures(self, uploaded: list[str] | None) -> tuple[Any, Any, Any]:
@@ -233,27 +296,36 @@ class TrainTab:
             number += 1
 
 
-def _preset_values(names: list[str]) -> Values:
-    """Return values for all fields that any preset sets: those of these presets, else as the page opens."""
-    chosen = preset(*names)
-    known = settable(TrainSpec, chosen.get("method"))
-    start = {name: value for name, value in START.items() if name in known}
-    spec = parse_spec(TrainSpec, {**start, **chosen, "data": "pictures", "output": "adapter.safetensors"})
-    values = spec.model_dump()
-    values |= values.pop("options")
-    touched = {name for each in presets() for name in preset(each)}
-    return {name: value for name, value in values.items() if name in touched}
+def written(story: Story | None) -> dict[str, Path]:
+    """Return the files that a training which has ended left of its adapter, by part, its own first."""
+    if story is None or story.job.active:
+        return {}
+    files = {part: path for part, path in story.files.items() if path.is_file()}
+    return files if "" in files else {}
+
+
+def used_together(story: Story | None) -> list[Path]:
+    """Return the files to draw with a trained adapter: its own, and those parts that this one lacks."""
+    files = written(story)
+    if story is None or not files:
+        return []
+    return [files[part] for part in ("", *TRAINERS[method_of(story.job.spec)].companions) if part in files]
+
+
+def _automatic(request: Values) -> str:
+    """Return what an empty learning rate says in a request."""
+    return f"auto: {own_rate(request):.3g}"
 
 
 def _learnt(story: Story | None) -> bool:
     return story is not None and bool(story.losses)
 
 
-def _adapter(story: Story | None) -> str | None:
-    return existing(story.adapter) if story and not story.job.active else None
+def _legend(story: Story | None) -> str:
+    held_out = ", of pictures held out in orange" if story and story.validation else ""
+    return f"<h2>Loss<small>: each step in grey, smoothed in blue{held_out}</small></h2>"
 
 
 def _download(story: Story | None) -> Any:
-    path = _adapter(story)
-    label = f"Download {Path(path).name}" if path else "Download"
-    return gr.update(label=label, value=path, interactive=bool(path))
+    paths = [str(path) for path in written(story).values()]
+    return gr.update(value=paths or None, visible=bool(paths))

@@ -117,6 +117,15 @@ def _fill(page: Any, field: str, value: str) -> None:
     box.press("Tab")
 
 
+def _choose_base(page: Any, base: Path) -> None:
+    """Choose a base to train on, and wait until the rate of the demo has gone."""
+    from playwright.sync_api import expect
+
+    _fill(page, "train-base", str(base))
+    expect(page.locator("#train-rate input")).to_have_value("")
+    expect(page.locator("#train-rate input")).to_have_attribute("placeholder", "auto: 0.001")
+
+
 CHART = "#train-chart canvas, #train-chart svg.marks"
 
 
@@ -146,7 +155,7 @@ def test_a_user_trains_draws_reloads_and_restores(
 
     page.locator("#train-drop input[type=file]").set_input_files([str(path) for path in drawings])
     expect(page.locator("#train-set img")).to_have_count(4)
-    _fill(page, "train-base", str(base))
+    _choose_base(page, base)
     _fill(page, "train-prompt", "a photo of sks coin")
     _fill(page, "train-name", "coin")
     _fill(page, "train-steps", "0")
@@ -163,14 +172,14 @@ def test_a_user_trains_draws_reloads_and_restores(
     _screenshot(page, "3-training")
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "done")
     expect(page.locator("#train-status")).to_contain_text("step 24 of 24")
-    expect(page.locator("#train-download")).to_contain_text("coin.safetensors")
+    expect(page.locator("#train-download .filename")).to_have_attribute("aria-label", "coin.safetensors")
     expect(page.locator("#train-pictures img")).to_have_count(3)
     expect(page.locator(CHART).first).to_be_visible()
     _screenshot(page, "4-trained")
     assert _fits_a_phone(page)
     assert (home / "adapters" / "coin.safetensors").is_file()
     with page.expect_download() as download:
-        page.locator("#train-download").click()
+        page.locator("#train-download a").click()
     assert download.value.suggested_filename == "coin.safetensors"
 
     page.locator("#train-use").click()
@@ -215,7 +224,7 @@ def test_stop_ends_a_training_safely_keeps_its_adapter_and_retry_goes_on_from_th
         # The page restores the other test's run when it is loaded, and would do so over what is filled in.
         expect(page.locator("#train-status")).to_contain_text("Trained")
     page.locator("#train-drop input[type=file]").set_input_files([str(path) for path in drawings])
-    _fill(page, "train-base", str(base))
+    _choose_base(page, base)
     _fill(page, "train-name", "long")
     _fill(page, "train-steps", "100000")
     page.locator("#train-start").click()
@@ -224,7 +233,7 @@ def test_stop_ends_a_training_safely_keeps_its_adapter_and_retry_goes_on_from_th
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "running")
     page.locator("#train-stop").click()
     expect(page.locator("#train-status .job")).to_have_attribute("data-state", "cancelled")
-    expect(page.locator("#train-download")).to_contain_text("long.safetensors")
+    expect(page.locator("#train-download .filename")).to_have_attribute("aria-label", "long.safetensors")
     _screenshot(page, "8-stopped")
 
     page.locator("#train-retry").click()

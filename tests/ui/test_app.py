@@ -17,13 +17,13 @@ from studio.errors import DataError, OutputError, SpecError, UsageError
 from studio.jobs import JobStore
 from studio.png import Facts, write_png
 from studio.registry import MODIFIERS
-from studio.specs import AdapterUse, GenerateSpec, parse_spec
+from studio.specs import AdapterUse, Event, GenerateSpec, parse_spec
 from studio.specs.composing import CompareSpec, PlanSpec
-from studio.ui.app import build, serve
+from studio.ui.app import _draw_with, build, serve
 from studio.ui.follow import Follower
 from studio.ui.generate_tab import GenerateTab
 from studio.ui.pictures import captioned, clean_uploads, keep_uploads
-from studio.ui.train_tab import TrainTab
+from studio.ui.train_tab import TrainTab, used_together
 from studio.workspace import Workspace, workspace
 
 
@@ -209,6 +209,52 @@ def test_answers_that_overtake_each_other_are_mended_by_the_next(train: TrainTab
     assert stop["interactive"] is False, "idle before and after, but not in between"
 
 
+PARTS = {"lora": ("token",), "b-lora": ("content", "style"), "dora": ()}
+
+
+@pytest.mark.parametrize(
+    ("method", "together"), [("lora", ("", "-token")), ("b-lora", ("",)), ("dora", ("",))]
+)
+def test_all_files_of_a_training_are_offered_and_those_that_belong_together_are_drawn_with(
+    train: TrainTab, generate: GenerateTab, space: Workspace, method: str, together: tuple[str, ...]
+) -> None:
+    store = train.follower.store
+    number = store.submit("train", {"base": "starter", "method": method, "prompt": "a sks dog"})
+    store.claim("a")
+
+    def save(stem: str) -> list[str]:
+        names = [stem, *(f"{stem}-{part}" for part in PARTS[method])]
+        paths = [space.adapters / f"{name}.safetensors" for name in names]
+        for path, part in zip(paths, ("", *PARTS[method]), strict=True):
+            path.write_bytes(b"")
+            store.report(number, Event(kind="saved", path=path, part=part))
+        return [str(path) for path in paths]
+
+    def offered() -> tuple[Any, Any]:
+        _, *updates = train.panel.refresh({})
+        parts = dict(zip(train.panel.parts, updates, strict=True))
+        assert parts["use"]["interactive"] == parts["download"]["visible"]
+        return parts["download"]["value"], used_together(train.follower.latest("train"))
+
+    on_the_way = save("dog-last-good-000003")
+    assert offered() == (None, []), "not while it runs"
+    store.fail(number, "the loss is no longer finite")
+    assert offered()[0] == on_the_way
+    store.retry(number)
+    store.claim("a")
+    assert offered() == (None, [])
+    files = save("dog")
+    store.cancel(number)
+    store.finish(number)
+    used = [space.adapters / f"dog{part}.safetensors" for part in together]
+    assert offered() == (files, used)
+    outputs = [None, *generate.request_outputs]
+    shown = dict(zip(map(id, outputs), _draw_with(train.follower, generate), strict=True))
+    assert shown[id(generate.chosen)]["value"] == [path.name for path in used]
+    used[0].unlink()
+    assert offered() == (None, []), "parts are nothing without what they are parts of"
+
+
 def test_the_chosen_method_is_explained(generate: GenerateTab, train: TrainTab) -> None:
     about = generate.form._about
     assert about.value.startswith("Add the adapters")
@@ -269,7 +315,7 @@ def test_the_hashes_of_a_restored_picture_go_along_with_the_request(
         zip([id(output) for output in generate.request_outputs], generate.show(request), strict=True)
     )
     assert shown[id(generate.expected)] == expected
-    assert generate.use(adapter, "a fox", "starter")[0] == {}
+    assert generate.use([adapter], "a fox", "starter")[0] == {}
 
 
 def shown(outputs: list[Any], updates: list[Any]) -> list[Any]:

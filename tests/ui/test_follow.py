@@ -106,13 +106,27 @@ def test_what_is_said_on_the_way_is_shown_beside_the_state(store: JobStore) -> N
     assert 'role="alert"' in status(latest(store)) and "message &lt;4&gt;" in status(latest(store))
 
 
-def test_the_adapter_and_the_report_are_kept(store: JobStore, tmp_path: Path) -> None:
+def test_the_files_of_the_last_adapter_and_the_report_are_kept(store: JobStore) -> None:
     number = started(store)
     store.report(number, Event(kind="report", message="5 pictures"))
-    store.report(number, Event(kind="saved", path=tmp_path / "dog.safetensors", message="wrote it"))
+    for stem in ("dog-step-000005", "dog"):
+        store.report(number, Event(kind="saved", path=Path(f"{stem}.safetensors"), message="wrote it"))
+        store.report(number, Event(kind="saved", path=Path(f"{stem}-token.safetensors"), part="token"))
     story = latest(store)
-    assert story.adapter == tmp_path / "dog.safetensors"
+    assert story.files == {"": Path("dog.safetensors"), "token": Path("dog-token.safetensors")}
     assert story.lines == ["5 pictures"]
+
+
+def test_the_loss_on_pictures_held_out_is_a_curve_of_its_own(store: JobStore) -> None:
+    number = started(store)
+    measured = Event(kind="message", message="Validation", step=0, values={"validation_loss": 0.25})
+    store.report(number, step(1))
+    assert set(latest(store).chart()["curve"]) == {"each step", "smoothed"}
+    store.report(number, measured)
+    store.report(number, measured.model_copy(update={"step": 1, "values": {"validation_loss": 0.125}}))
+    chart = latest(store).chart()
+    curve = chart[chart["curve"] == "held out"]
+    assert list(zip(curve["step"], curve["loss"], strict=True)) == [(0, 0.25), (1, 0.125)]
 
 
 @pytest.mark.parametrize(

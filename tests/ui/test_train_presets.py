@@ -1,4 +1,4 @@
-"""Presets fill the form of the Train tab."""
+"""What the Train tab fills in: for the demo, for another base or method, and of presets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ import pytest
 
 from studio.jobs import JobStore
 from studio.presets import preset, presets
+from studio.registry import TRAINERS
 from studio.specs import TrainSpec, parse_spec
 from studio.ui.follow import Follower
-from studio.ui.train_tab import START, TrainTab
+from studio.ui.train_start import DEMO, START
+from studio.ui.train_tab import TrainTab
 from studio.workspace import workspace
 
 
@@ -27,7 +29,7 @@ def filled(tab: TrainTab, *choices: list[str], **typed: Any) -> dict[str, Any]:
     """Return the request of the form after presets were chosen one after the other."""
     shown = [typed.get(field.name, field.component.value) for field in tab.form.fields]
     for names in choices:
-        updates = tab.fill(names)[2:]
+        updates = tab.fill(names, "starter")[3:]
         shown = [update.get("value", value) for update, value in zip(updates, shown, strict=True)]
     return tab.form.read(shown)
 
@@ -35,7 +37,7 @@ def filled(tab: TrainTab, *choices: list[str], **typed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("names", [[name] for name in presets()] + [["8gb", "subject"]], ids="-".join)
 def test_a_chosen_preset_stands_in_the_form(tab: TrainTab, names: list[str]) -> None:
     request = {**filled(tab, names), "data": "a", "output": Path("a.safetensors")}
-    start = {} if preset(*names).get("method") else START
+    start = {} if preset(*names).get("method") else START | DEMO
     wanted = parse_spec(TrainSpec, {**start, **preset(*names), "data": "a", "output": "a.safetensors"})
     spec = parse_spec(TrainSpec, request)
     for name in preset(*names):
@@ -53,11 +55,63 @@ def test_another_choice_leaves_nothing_of_the_first_and_all_that_was_typed(tab: 
 
 
 def test_presets_that_do_not_go_together_change_nothing_and_say_so(tab: TrainTab) -> None:
-    choice, message, *fields = tab.fill(["subject", "sara"])
+    choice, message, *fields = tab.fill(["subject", "sara"], "starter")
     assert "rank: unknown option" in message
     assert all("value" not in update for update in (choice, *fields))
 
 
 def test_the_choice_says_what_each_is_for(tab: TrainTab) -> None:
     assert [value for _, value in tab.presets.choices] == list(presets())
-    assert tab.fill(["8gb", "style"])[0]["info"] == f"{presets()['8gb']} {presets()['style']}"
+    assert tab.fill(["8gb", "style"], "starter")[0]["info"] == f"{presets()['8gb']} {presets()['style']}"
+
+
+def test_the_page_opens_with_the_demo(tab: TrainTab) -> None:
+    spec = parse_spec(TrainSpec, filled(tab) | {"data": "a", "output": "a.safetensors"})
+    assert (spec.base, spec.method, spec.steps, spec.batch_size, spec.learning_rate) == (
+        "starter", "lora", 200, 4, 2e-3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(TRAINERS))
+def test_what_the_demo_trains_with_is_for_no_other_base_or_method(tab: TrainTab, method: str) -> None:
+    given = {"data": "a", "output": "a.safetensors", "prompt": "a photo of sks robot", "sample_every": 50}
+    for base in ("starter", "my/sdxl"):
+        if (base, method) == ("starter", "lora"):
+            continue
+        settled, steps, batch_size, rate = tab.settle(base, method, "lora", 200, 4, "0.002")
+        typed = {"steps": steps["value"], "batch_size": batch_size["value"], "learning_rate": rate["value"]}
+        request = filled(tab, base=base, method=method, **typed) | given
+        plain = given | {"base": base, "method": method, "checkpoint_every": 100}
+        assert parse_spec(TrainSpec, request) == parse_spec(TrainSpec, plain)
+        back = tab.settle("starter", "lora", settled, *typed.values())
+        assert [update["value"] for update in back[1:]] == [200, 4, "0.002"]
+
+
+def test_typed_values_stay_but_a_rate_for_a_method_with_another_one_of_its_own(tab: TrainTab) -> None:
+    assert tab.settle("my/sdxl", "dora", "lora", 900, 1, "0.0001") == ["dora", *[gr.skip()] * 3]
+    *others, rate = tab.settle("my/sdxl", "full", "dora", 900, 1, "0.0001")
+    assert others == ["full", gr.skip(), gr.skip()] and rate["value"] == ""
+    assert tab.fill(["b-lora"], "my/sdxl")[2] == "b-lora", "whose rate the preset gives"
+
+
+def test_presets_without_a_rate_leave_it_to_the_method_but_for_the_demo(tab: TrainTab) -> None:
+    names = [field.name for field in tab.form.fields]
+    rate = names.index("learning_rate") + 3
+    assert tab.fill(["8gb"], "my/sdxl")[rate]["value"] == ""
+    assert tab.fill(["8gb"], "starter")[rate]["value"] == "0.002"
+    assert tab.fill([], "my/sdxl")[rate]["value"] == ""
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({}, "0.001"),
+        ({"method": "full"}, "1e-05"),
+        ({"method": "vera", "optimizer": "lion"}, "0.001"),
+        ({"method": "sara", "quantile": "", "threshold": "0.002"}, "0.000497"),
+        ({"method": "b-lora", "rank": 0}, "5e-05"),
+    ],
+)
+def test_an_empty_rate_says_what_it_stands_for(tab: TrainTab, choices: dict[str, Any], said: str) -> None:
+    values = [choices.get(field.name, field.component.value) for field in tab.form.fields]
+    assert tab.show_own_rate(*values)["placeholder"] == f"auto: {said}"

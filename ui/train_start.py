@@ -1,0 +1,62 @@
+"""Values that the Train tab fills in: as it opens, for another base or method, and of presets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from studio.errors import SpecError
+from studio.presets import preset, presets
+from studio.registry import TRAINERS
+from studio.specs import TrainSpec, parse_spec
+from studio.ui.forms import Values
+
+START: Values = {
+    "prompt": "a photo of sks robot",
+    "sample_every": 50,
+    # For a retry after the worker was killed; on a stop and on most errors a checkpoint is written anyway.
+    "checkpoint_every": 100,
+}
+DEMO: Values = {"steps": 200, "batch_size": 4, "learning_rate": 2e-3}
+"""More of what the page opens with, right for ``DEMO_ON`` alone."""
+DEMO_ON = {"base": "starter", "method": "lora"}
+USUAL: Values = {name: TrainSpec.model_fields[name].default for name in DEMO}
+"""What stands in their places for any other base or method; an empty rate is the method's own."""
+_NOWHERE = {"data": "pictures", "output": "adapter.safetensors"}
+
+
+def method_of(request: Mapping[str, Any]) -> str:
+    """Return the method that a request names or, by naming none, means."""
+    return str(request.get("method", TrainSpec.model_fields["method"].default))
+
+
+def is_demo(base: str, method: str) -> bool:
+    """Say whether ``DEMO`` is made for these."""
+    return {"base": base, "method": method} == DEMO_ON
+
+
+def own_rate(request: Mapping[str, Any]) -> float:
+    """Return the learning rate of a request that names none."""
+    choices = {name: request[name] for name in ("method", "optimizer") if name in request}
+    known = TRAINERS[method_of(request)].Options.model_fields
+    options = {name: value for name, value in request.items() if name in known}
+    try:
+        spec = parse_spec(TrainSpec, {**choices, **options, **_NOWHERE})
+    except SpecError:
+        # One of the options is half typed.
+        spec = parse_spec(TrainSpec, {**choices, **_NOWHERE})
+    return spec.unet_learning_rate
+
+
+def preset_values(names: list[str], base: str) -> Values:
+    """Return values for all fields that any preset sets: those of these presets, else as on a new page.
+
+    Raises:
+        UsageError: If there is no preset of a name.
+        SpecError: If the presets do not go together.
+    """
+    chosen = preset(*names)
+    demo = DEMO if is_demo(base, method_of(chosen)) else {}
+    spec = parse_spec(TrainSpec, {**START, **demo, **chosen, **_NOWHERE})
+    values = spec.model_dump()
+    values |= values.pop("options")
+    touched = {name for each in presets() for name in preset(each)}
+    return {name: value for name, value in values.items() if name in touched}
