@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from studio.specs.base import Options
@@ -44,15 +45,17 @@ class Trainer(Protocol):
     Attributes:
         Options: What a user may ask of the method beside what all methods know.
         format: File format written where none is asked for.
+        companions: Words of the parts that the adapter's own file lacks: who uses it uses theirs, too.
     """
 
     Options: ClassVar[type[Options]]
     format: ClassVar[str] = "kohya"
+    companions: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def aside(self) -> int:
-        """Bytes of the base's own weights that are kept while trained ones stand in their places."""
-        return 0
+    def aside(self) -> "Sequence[Tensor]":
+        """What is kept beside base and trained parameters while the method is attached, to undo its work."""
+        return ()
 
     @classmethod
     def learning_rate(cls, spec: TrainSpec) -> float:
@@ -81,22 +84,26 @@ class Trainer(Protocol):
         return None
 
     @classmethod
+    def refuses_start(cls, options: Any) -> str | None:
+        """Return why the method cannot start from an adapter's file and what to do, or None where it can.
+
+        Args:
+            options: Its own.
+        """
+        return "of the methods only lora, dora and b-lora start from a file. Leave it out."
+
+    @classmethod
     def parts(cls, spec: TrainSpec) -> tuple[str, ...]:
         """Return words for parts of the adapter that get a file of their own; its name ends with the word."""
         return ()
 
     @classmethod
     def check_captions(cls, pipe: "DiffusionPipeline", spec: TrainSpec, captions: Sequence[str]) -> None:
-        """Check before any work that captions can be read whole.
+        """Check before any work what captions must hold for the method.
 
         Raises:
-            UsageError: If one is too long for the text encoders.
-            TrainingError: If the method cannot learn from them.
+            TrainingError: If it cannot learn from them.
         """
-        from studio.models.prompts import check_prompt
-
-        for caption in dict.fromkeys(captions):
-            check_prompt(pipe, caption)
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
         """Attach to the base and return what is to be trained.
@@ -105,6 +112,13 @@ class Trainer(Protocol):
             TrainingError: If the options do not fit this base.
         """
         ...
+
+    def start_from(self, adapter: "Adapter") -> None:
+        """Start from an adapter instead of from nothing; called once ``prepare`` is done.
+
+        Raises:
+            TrainingError: If it is of another kind or rank, or of other layers.
+        """
 
     def warm_start(self, loss: "Callable[[int], Tensor]", processes: "Processes | None" = None) -> None:
         """Set what training starts from by what the data say; called once, before the first step of all.
@@ -129,16 +143,22 @@ class Trainer(Protocol):
         """Take note that others than the optimizer have given the parameters other values."""
 
     def optimizer(
-        self, groups: Sequence[ParameterGroup], *, name: str = "adamw", weight_decay: float
+        self,
+        groups: Sequence[ParameterGroup],
+        *,
+        name: str = "adamw",
+        weight_decay: float,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> "torch.optim.Optimizer":
         """Return what updates the parameters.
 
         Raises:
-            TrainingError: If the method cannot work with the optimizer of this name, or it is not installed.
+            TrainingError: If the method cannot work with the optimizer of this name, it is not installed, or
+                it does not take one of the options.
         """
         from studio.trainers.optimizers import make_optimizer
 
-        return make_optimizer(name, groups, weight_decay=weight_decay)
+        return make_optimizer(name, groups, weight_decay=weight_decay, options=options)
 
     def before_clipping(self, step: int) -> None:
         """Do what the method does with the gradients of optimizer step ``step``, counted from 1.

@@ -59,7 +59,9 @@ def draw_class_pictures(
     for number in range(spec.class_pictures):
         prompt = spec.class_prompts[number % len(spec.class_prompts)]
         seed = derived_seed(spec.seed, number, "class picture")
-        key = "/".join(map(str, (base, prompt, seed, resolution, spec.sample_steps)))
+        made_with = (base, prompt, seed, resolution, spec.sample_steps)
+        skipped = (f"clip skip {spec.clip_skip}",) if spec.clip_skip > 1 else ()
+        key = "/".join(map(str, (*made_with, *skipped)))
         wanted[folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.png"] = (prompt, seed)
     missing = [(path, *made_of) for path, made_of in wanted.items() if not _complete(path)]
     for first in range(0, len(missing), spec.batch_size):

@@ -1,6 +1,7 @@
-"""What a run takes in memory and time: what can be counted before, and what its first steps show."""
+"""What a run takes in memory and time: what is told before, and what its first steps show."""
 
 import contextlib
+import ctypes
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,16 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory that a run holds from its first step on, in bytes; what a pass needs for a while comes on top.
+    """Memory that a run holds from its first step on, in bytes, and its time.
 
     Attributes:
-        base: Parameters and buffers of the base that are not trained, and those that others
-            stand in for.
+        base: Parameters and buffers of the base that are not trained, and what undoes a method's work.
         trained: The trained parameters, with the copy that is kept to go back to, and their average.
         gradients: Of the trained parameters.
         optimizer: What the optimizer keeps of them.
-        offloaded: Of the base, what waits on the CPU meanwhile; not among the others.
+        offloaded: What waits on the CPU meanwhile; not among the others.
+        activations: What forward and backward passes hold on top at the most; None where that is not known.
+        seconds: Of a step; None where that is not known.
     """
 
     base: int
@@ -35,25 +37,38 @@ class Estimate:
     gradients: int
     optimizer: int
     offloaded: int = 0
+    activations: int | None = None
+    seconds: float | None = None
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.base + self.trained + self.gradients + self.optimizer
+        return self.base + self.trained + self.coming
+
+    @property
+    def coming(self) -> int:
+        """What the steps add to what is there before the first of them."""
+        return self.gradients + self.optimizer + (self.activations or 0)
 
     def __str__(self) -> str:
-        return (
-            f"Memory: {size(self.total)} before activations (base {size(self.base)}, trained parameters and "
-            f"their copy {size(self.trained)}, gradients {size(self.gradients)}, optimizer "
-            f"{size(self.optimizer)}{f', {size(self.offloaded)} on the CPU' if self.offloaded else ''})"
-        )
+        known = self.activations is not None
+        parts = [
+            f"base {size(self.base)}",
+            f"trained parameters and their copy {size(self.trained)}",
+            f"gradients {size(self.gradients)}",
+            f"optimizer {size(self.optimizer)}",
+            *([f"activations {size(self.activations or 0)}"] if known else []),
+            *([f"{size(self.offloaded)} on the CPU"] if self.offloaded else []),
+        ]
+        much = f"about {size(self.total)}" if known else f"{size(self.total)} before activations"
+        return f"Memory: {much} ({', '.join(parts)})"
 
 
 def estimate(
     pipe: DiffusionPipeline,
     parameters: Iterable[nn.Parameter],
     *,
-    aside: int = 0,
+    aside: Iterable[Tensor] = (),
     optimizer: str = "adamw",
     averaged: bool = False,
     away: Collection[str] = (),
@@ -63,7 +78,7 @@ def estimate(
     Args:
         pipe: The base as it is lent, with whatever the method added to it.
         parameters: Those that are trained.
-        aside: Bytes of the base's own weights that trained ones stand in for.
+        aside: What the method keeps to undo its work.
         optimizer: Its name.
         averaged: Whether a moving average is kept.
         away: Networks that wait on the CPU while training.
@@ -72,17 +87,21 @@ def estimate(
     parts = networks(pipe)
     held = _held(part for name, part in parts.items() if name not in away)
     own = sum(map(_bytes, trained.values()))
+    device = next(parts["unet"].parameters()).device if "unet" in parts else None
+    kept = {id(value): value for value in aside}.values()
     return Estimate(
-        base=sum(_bytes(value) for key, value in held.items() if key not in trained) + aside,
+        base=sum(_bytes(value) for key, value in held.items() if key not in trained)
+        + sum(_bytes(value) for value in kept if value.device == device),
         trained=(3 if averaged else 2) * own,
         gradients=own,
-        optimizer=int(MOMENTS[optimizer] * own),
-        offloaded=sum(map(_bytes, _held(parts[name] for name in away).values())),
+        optimizer=int(sum(_kept(optimizer, parameter) for parameter in trained.values())),
+        offloaded=sum(map(_bytes, _held(parts[name] for name in away).values()))
+        + sum(_bytes(value) for value in kept if value.device != device),
     )
 
 
 class FirstSteps:
-    """Measures the first two steps of a run: the first for memory, the second, which is warm, for time.
+    """Measures the first two steps of a run, of which the second, which is warm, gives the time.
 
     Args:
         expected: The estimate.
@@ -92,8 +111,18 @@ class FirstSteps:
 
     def __init__(self, expected: Estimate, device: torch.device, *, steps: int) -> None:
         self._expected, self._device, self._steps = expected, device, steps
-        self._before = self._rise = 0
+        self._before = 0
         self._measured = False
+
+    def expected(self) -> str:
+        """Return what is to be expected."""
+        seconds = self._expected.seconds
+        if seconds is None:
+            return f"{self._expected}."
+        return (
+            f"{self._expected}. Time: roughly {_of_step(seconds)} a step, "
+            f"{duration(seconds * self._steps)} in all."
+        )
 
     def begin(self) -> None:
         """Start measuring; call before the first step."""
@@ -103,6 +132,7 @@ class FirstSteps:
         elif self._device.type == "cpu":
             # Linux forgets the peak of the resident memory when asked to; elsewhere it cannot be told.
             with contextlib.suppress(OSError):
+                _return_freed()
                 CLEAR.write_text("5")
                 self._before, self._measured = _resident("VmRSS"), True
 
@@ -113,25 +143,24 @@ class FirstSteps:
             step: Steps done.
             seconds: Time of the last one.
         """
-        if step == 1 and self._measured:
+        if step != min(2, self._steps):
+            return None
+        expected, parts = self._expected, []
+        if self._measured:
             peak = (
                 torch.cuda.max_memory_allocated(self._device)
                 if self._device.type == "cuda"
                 else _resident("VmHWM")
             )
-            self._rise = peak - self._before
-        if step != min(2, self._steps):
-            return None
-        parts = []
-        if self._measured:
-            kept = self._expected.gradients + self._expected.optimizer
-            activations = max(0, self._rise - kept)
+            rise = max(0, peak - self._before)
+            guess = "" if expected.activations is None else f" (estimated {size(expected.coming)})"
             parts.append(
-                f"the first step took {size(self._rise)} more at its peak, so about {size(activations)} "
-                f"beyond gradients and optimizer, {size(self._expected.total + activations)} in all"
+                f"the first steps took {size(rise)} more at their peak{guess}, "
+                f"{size(expected.total - expected.coming + rise)} in all"
             )
         if step == 2:
-            parts.append(f"{seconds:.3g} s a step, about {duration(seconds * self._steps)} in all")
+            guess = "" if expected.seconds is None else f" (estimated {_of_step(expected.seconds)})"
+            parts.append(f"{seconds:.3g} s a step{guess}, about {duration(seconds * self._steps)} in all")
         return f"Measured: {'; '.join(parts)}." if parts else None
 
 
@@ -153,6 +182,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def _of_step(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 def _held(parts: Iterable[nn.Module]) -> dict[int, Tensor]:
     """Return what networks hold, each tensor once: parameters, buffers, statistics of quantised weights."""
     found: dict[int, Tensor] = {}
@@ -162,8 +195,22 @@ def _held(parts: Iterable[nn.Module]) -> dict[int, Tensor]:
     return found
 
 
+def _kept(optimizer: str, parameter: nn.Parameter) -> float:
+    """Return the bytes that an optimizer keeps of a parameter."""
+    # A vector has no rows and columns to keep instead, such as SaRA's.
+    numbers = 1 if optimizer == "adafactor" and parameter.ndim == 1 else MOMENTS[optimizer]
+    return numbers * _bytes(parameter)
+
+
 def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
+
+
+def _return_freed() -> None:
+    """Have the C library return what was freed: taken from there again, it would not show as a rise."""
+    # Only GNU's has it.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(name: str) -> int:

@@ -14,7 +14,8 @@ from studio.data.cache import MemoryCache
 from studio.data.picture import PictureSet
 from studio.trainers.borrow import borrowed
 from studio.trainers.processes import ALONE, Processes
-from studio.trainers.step import Latents, Prompts, TrainStep
+from studio.trainers.prompts import Prompts
+from studio.trainers.step import Latents, TrainStep
 
 
 def evaluate_loss(

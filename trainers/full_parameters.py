@@ -44,9 +44,9 @@ class FullParameters:
         self.attach()
 
     @property
-    def aside(self) -> int:
-        """Bytes of the base's own tensors that are kept."""
-        return sum(own.nbytes for own in self._own.values())
+    def aside(self) -> list[Tensor]:
+        """The base's own tensors, which are kept."""
+        return list(self._own.values())
 
     def attach(self) -> None:
         """Put the copies in place, to be trained."""

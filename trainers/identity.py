@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from studio.adapters.header import tensor_hash
 from studio.data.cache import file_fingerprint
 from studio.data.picture import Picture, PictureSet
 from studio.errors import TrainingError
@@ -31,8 +32,10 @@ MAY_CHANGE = frozenset(
         "compile",
         "device",
         "format",
+        "gradient_checkpointing",
         "keep_adapters",
         "keep_checkpoints",
+        "metadata",
         "offload_encoders",
         "overwrite",
         "resume",
@@ -74,6 +77,9 @@ def identity(
     }
     settings = spec.model_dump(mode="json", exclude={"options", *MAY_CHANGE, *division})
     settings[PER_STEP] = math.prod(division.values())
+    if spec.start_from is not None:
+        # What it holds, wherever it lies.
+        settings["start_from"] = tensor_hash(spec.start_from)
     if spec.class_prompts and spec.class_data is None:
         # Class pictures are drawn with as many steps as samples.
         settings["sample_steps"] = spec.sample_steps

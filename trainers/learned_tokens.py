@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from studio.data.batches import derived_seed
 from studio.errors import TrainingError, UsageError
-from studio.models.prompts import check_prompt
 from studio.models.tokens import AddedTokens, text_encoders, tokenizer_of
 from studio.trainers.base import ParameterGroup
 from studio.trainers.layer_method import copied
@@ -102,20 +101,34 @@ def start_of(pipe: Any, options: TokenOptions, *, seed: int) -> dict[str, Tensor
     return found
 
 
-def check_captions(pipe: Any, options: TokenOptions, captions: Sequence[str]) -> None:
-    """Check captions while the token is known, so that each of its vectors counts.
+def check_captions(
+    pipe: Any, options: TokenOptions, captions: Sequence[str], *, max_tokens: int | None
+) -> None:
+    """Check that a caption names the token, and early enough to be read.
+
+    Args:
+        pipe: The base.
+        options: Name the token.
+        captions: Of all pictures.
+        max_tokens: The most tokens of a caption that are read; None for all.
 
     Raises:
-        UsageError: If one is too long, or the token exists already.
-        TrainingError: If none names the token.
+        UsageError: If the token exists already.
+        TrainingError: If none names it.
     """
     with AddedTokens(pipe, {str(options.token): start_of(pipe, options, seed=0)}):
-        for caption in dict.fromkeys(captions):
-            check_prompt(pipe, caption)
         tokenizer = tokenizer_of(pipe, "text_encoder")
-        if not any(options.token in tokenizer.tokenize(caption) for caption in dict.fromkeys(captions)):
+
+        def names(caption: str) -> bool:
+            tokens = tokenizer.tokenize(caption)
+            if options.token not in tokens:
+                return False
+            return max_tokens is None or tokens.index(options.token) + options.vectors <= max_tokens
+
+        if not any(map(names, dict.fromkeys(captions))):
             example = captions[0] if captions else ""
+            within = "" if max_tokens is None else f" within max_token_length ({max_tokens})"
             raise TrainingError(
-                f"no caption names the token '{options.token}', so nothing would teach it; the first is "
-                f"'{example}'. Put it into the prompt or the captions, or give it as trigger."
+                f"no caption names the token '{options.token}'{within}, so nothing would teach it; the first "
+                f"is '{example}'. Put it into the prompt or the captions, or give it as trigger."
             )

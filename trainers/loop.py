@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from studio.adapters.adapter import Adapter
+from studio.adapters.files import load_adapter
 from studio.adapters.formats.embedding import Embedding
 from studio.adapters.live import LiveLayers
 from studio.adapters.parameters import canonical_names, components_of
@@ -27,9 +28,16 @@ from studio.trainers.borrow import borrowed, converted
 from studio.trainers.checkpoint import Checkpoints, State
 from studio.trainers.class_pictures import draw_class_pictures
 from studio.trainers.identity import Identity, check_alike, check_same, identity, in_step
-from studio.trainers.inputs import make_batches, make_buckets, make_validation
+from studio.trainers.inputs import (
+    caption_note,
+    check_timesteps,
+    make_batches,
+    make_buckets,
+    make_validation,
+)
 from studio.trainers.job import Job, SampleFunction
 from studio.trainers.metadata import base_facts, run_facts
+from studio.trainers.optimizers import optimizer_of
 from studio.trainers.outputs import layers_of, size_note
 from studio.trainers.processes import Processes, join
 from studio.trainers.run import Run
@@ -44,6 +52,8 @@ from studio.trainers.runtime import (
     own_random_state,
     weight_dtype,
 )
+from studio.trainers.samples import drawn_raw, sample_specs
+from studio.trainers.shortage import shortage_told
 from studio.trainers.validation import check_validation
 
 
@@ -72,10 +82,11 @@ def train(
         OutputError: If the run's folder cannot be written, or holds an earlier run.
         TrainingError: If training cannot start or go on, or diverges: the last good adapter is saved and
             named.
+        MemoryShortage: If the memory is not enough; says what takes less, and which checkpoint is kept.
     """
     device = choose_device(spec, pipe)
     processes = join(device)
-    with processes.together():
+    with processes.together(), shortage_told(spec, device):
         material = _material(
             pipe, spec, processes.own(device, asked=spec.device), can_sample=sample is not None
         )
@@ -99,6 +110,7 @@ class _Material:
         resolution: Side of the training pictures in pixels.
         device: Where this process computes.
         precision: Number type of the forward pass.
+        start: Adapter to start from, or None.
     """
 
     data: DataSet
@@ -106,6 +118,7 @@ class _Material:
     resolution: int
     device: torch.device
     precision: Precision
+    start: Adapter | None
 
 
 def _material(
@@ -118,7 +131,12 @@ def _material(
     check_validation(spec, data.validation)
     check_execution(pipe, spec, device)
     return _Material(
-        data, make_buckets(pipe, spec, resolution), resolution, device, choose_precision(spec, pipe, device)
+        data,
+        make_buckets(pipe, spec, resolution),
+        resolution,
+        device,
+        choose_precision(spec, pipe, device),
+        load_adapter(spec.start_from, base=pipe) if spec.start_from else None,
     )
 
 
@@ -152,10 +170,20 @@ def _begun(
         pipe=pipe,
         spec=spec,
         facts=facts
-        | run_facts(spec, pictures=epoch_size, resolution=material.resolution, precision=precision),
+        | run_facts(
+            pipe,
+            spec,
+            data,
+            buckets=material.buckets,
+            resolution=material.resolution,
+            precision=precision,
+            processes=processes.count,
+        ),
         identity=own,
         num_pictures=epoch_size,
-        sample_prompt=with_trigger(spec.prompt or data.pictures.pictures[0].caption, Treatment.of(spec)),
+        samples=sample_specs(
+            spec, with_trigger(spec.prompt or data.pictures.pictures[0].caption, Treatment.of(spec))
+        ),
         on_event=on_event,
         sample=sample,
         processes=processes,
@@ -189,7 +217,13 @@ def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], 
                 lambda: _drawn_class_pictures(job, material.resolution, stop)
             )
         groups = trainer.prepare(pipe, spec)
+        if material.start is not None and saved is None:
+            trainer.start_from(material.start)
         _check_adapter(trainer, job)
+        if note := caption_note(pipe, data.all_pictures, max_tokens=spec.max_token_length):
+            job.tell(note)
+        # For its refusals only, before anything of an earlier run is replaced.
+        optimizer_of(trainer, groups, spec)
         batches = make_batches(
             pipe,
             spec,
@@ -215,11 +249,6 @@ def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], 
             else None
         )
         return Run(job, trainer, groups, batches, accelerator, saved, held_out).go(stop)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory is not enough: {str(error).splitlines()[0]} "
-            "Lower batch_size or resolution, or turn gradient_checkpointing on."
-        ) from None
     finally:
         trainer.release()
 
@@ -312,9 +341,10 @@ def _drawn_class_pictures(job: Job, resolution: int, stop: Callable[[], bool]) -
     assert sample is not None
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        specs = [drawn_raw(job.spec, *wanted) for wanted in zip(prompts, seeds, strict=True)]
         # Pipelines expect the autoencoder in the UNet's number type.
         with converted(pipe.vae, pipe.unet.dtype):
-            return sample(pipe, None, prompts, seeds)
+            return sample(pipe, None, specs, ())
 
     return draw_class_pictures(
         job.spec,
@@ -334,7 +364,7 @@ def check_request(
     Raises:
         TrainingError: If base and specification do not fit together.
         OutputError: If the run's folder holds an earlier run.
-        UsageError: If a caption is too long for the text encoders.
+        UsageError: If a new token exists already.
     """
     channels, wanted = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels != wanted:
@@ -346,6 +376,7 @@ def check_request(
     resolution: int = spec.resolution or pipe.unet.config.sample_size * factor
     if resolution % factor:
         raise TrainingError(f"resolution must be a multiple of {factor} for this base, got {resolution}.")
+    check_timesteps(pipe, spec)
     TRAINERS[spec.method].check_captions(pipe, spec, captions)
     if spec.sample_every and not can_sample:
         raise TrainingError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor, nn
 
+    from studio.adapters.adapter import Adapter
     from studio.adapters.kinds.lora import LoraChange
 
 
@@ -96,6 +97,28 @@ class LowRankMethod(LayerMethod):
 
         draw(layer.lora_A[PEFT_NAME].weight, generator)
         nn.init.zeros_(layer.lora_B[PEFT_NAME].weight)
+
+    @classmethod
+    def refuses_start(cls, options: Any) -> str | None:
+        """Return None: the two matrices are what a file holds."""
+        return None
+
+    def start_from(self, adapter: "Adapter") -> None:
+        """Start with the matrices of an adapter."""
+        from studio.trainers.start_file import check_kind, check_layers
+        from studio.trainers.targets import canonical_name
+
+        check_kind(adapter, self.kind)
+        layers = {canonical_name(component, name): layer for component, name, layer in self.added}
+        check_layers(adapter, {name: layer.r[PEFT_NAME] for name, layer in layers.items()})
+        for name, layer in layers.items():
+            self.take(layer, adapter.changes[name])
+
+    def take(self, layer: Any, change: Any) -> None:
+        """Give an added layer the matrices of a change that fits it."""
+        from studio.trainers.start_file import set_product
+
+        set_product(layer, change)
 
     def state(self) -> "dict[str, Tensor]":
         """Return the matrices that are not trained: some starts see the data, others take long to find."""

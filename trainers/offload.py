@@ -9,7 +9,8 @@ from torch import nn
 
 from studio.errors import TrainingError
 from studio.trainers.borrow import networks
-from studio.trainers.step import Batches, Prompts
+from studio.trainers.prompts import Prompts
+from studio.trainers.step import Batches
 
 CPU = torch.device("cpu")
 
@@ -78,8 +79,8 @@ class Encoders:
     def awake(self) -> Iterator[None]:
         """Have all of them where the UNet is for the length of a block; each where it was afterwards."""
         before = [next(part.parameters()).device for part in self._parts]
-        self._move(self._device)
         try:
+            self._move(self._device)
             yield
         finally:
             for part, device in zip(self._parts, before, strict=True):

@@ -1,18 +1,43 @@
 """What updates the parameters, by name, from the packages that keep it best."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from studio.errors import TrainingError
-from studio.trainers.base import ParameterGroup
+from studio.registry import nearest
+from studio.specs.train import TrainSpec
+from studio.trainers.base import ParameterGroup, Trainer
 
-Build = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]
+Kind = tuple[Callable[..., torch.optim.Optimizer], Mapping[str, Any]]
+"""A class, and those of its settings that are not its own defaults here."""
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+_ELSEWHERE = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+_NOT_ASKED = {"params", "parts", "learning_rates", *_ELSEWHERE}
+
+
+def optimizer_of(
+    trainer: Trainer, groups: Sequence[ParameterGroup], spec: TrainSpec
+) -> torch.optim.Optimizer:
+    """Return what updates a method's parameters as a run asks.
+
+    Raises:
+        TrainingError: If the method cannot work with it, it is not installed, or it refuses an option.
+    """
+    return trainer.optimizer(
+        groups, name=spec.optimizer, weight_decay=spec.weight_decay, options=spec.optimizer_options
+    )
 
 
 def make_optimizer(
-    name: str, groups: Sequence[ParameterGroup], *, weight_decay: float
+    name: str,
+    groups: Sequence[ParameterGroup],
+    *,
+    weight_decay: float,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of this name, each group with its own rate.
 
@@ -20,9 +45,11 @@ def make_optimizer(
         name: As in ``TrainSpec``.
         groups: What it updates.
         weight_decay: In units of the learning rate.
+        options: Further arguments of its constructor.
 
     Raises:
-        TrainingError: If its package is not installed, or it cannot work with these groups.
+        TrainingError: If its package is not installed, it cannot work with these groups, or it does not know
+            an option or takes no such value of it.
     """
     rates = {group.learning_rate for group in groups}
     if name == "prodigy" and len(rates) > 1:
@@ -40,51 +67,83 @@ def make_optimizer(
         for group in groups
     ]
     try:
-        return _BUILDERS[name](parameters, weight_decay)
+        kind, own = _KINDS[name]()
     except ImportError:
         raise TrainingError(
             f"optimizer '{name}' needs a package that is not installed. Run pip install "
             f"'diffusion-studio[{_EXTRAS[name]}]', or choose another optimizer."
         ) from None
+    check_options(name, kind, options)
+    try:
+        return kind(parameters, weight_decay=weight_decay, **{**own, **options})
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        if not options:
+            raise
+        given = ", ".join(f"{option} = {value}" for option, value in options.items())
+        raise TrainingError(
+            f"optimizer_options: '{name}' refuses {given} ({error}). Correct or leave out what it names."
+        ) from None
 
 
-def _adamw(parameters: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+def check_options(name: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check that a constructor has arguments of these names that a user may set.
+
+    Args:
+        name: What the user calls the optimizer.
+        kind: Its class.
+        options: By name.
+
+    Raises:
+        TrainingError: If it lacks one, or another setting of the run says it; names all that it has.
+    """
+    known = [
+        parameter.name
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.name not in _NOT_ASKED and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    problems = [
+        f"{option} is what {_ELSEWHERE[option]} says."
+        if option in _ELSEWHERE
+        else f"'{name}' has no {option}.{nearest(option, known)}"
+        for option in options
+        if option not in known
+    ]
+    if problems:
+        raise TrainingError(f"optimizer_options: {' '.join(problems)} It takes {', '.join(known)}.")
+
+
+def _adamw() -> Kind:
     # arXiv:1711.05101
-    return torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    return torch.optim.AdamW, {}
 
 
-def _adamw8bit(parameters: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+def _adamw8bit() -> Kind:
     # arXiv:2110.02861
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, weight_decay=weight_decay)
-    return optimizer
+    return AdamW8bit, {}
 
 
-def _adafactor(parameters: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+def _adafactor() -> Kind:
     # arXiv:1804.04235
-    return torch.optim.Adafactor(parameters, weight_decay=weight_decay)
+    return torch.optim.Adafactor, {}
 
 
-def _prodigy(parameters: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+def _prodigy() -> Kind:
     # arXiv:2306.06101; bias correction and the safeguard as its authors advise for diffusion models.
     from pytorch_optimizer import Prodigy
 
-    optimizer: torch.optim.Optimizer = Prodigy(
-        parameters, weight_decay=weight_decay, bias_correction=True, safeguard_warmup=True
-    )
-    return optimizer
+    return Prodigy, {"bias_correction": True, "safeguard_warmup": True}
 
 
-def _lion(parameters: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+def _lion() -> Kind:
     # arXiv:2302.06675
     from pytorch_optimizer import Lion
 
-    optimizer: torch.optim.Optimizer = Lion(parameters, weight_decay=weight_decay)
-    return optimizer
+    return Lion, {}
 
 
-_BUILDERS: Mapping[str, Build] = {
+_KINDS: Mapping[str, Callable[[], Kind]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,

@@ -12,6 +12,7 @@ from studio.registry import TRAINERS
 from studio.specs.train import TrainSpec
 from studio.trainers.base import Trainer
 from studio.trainers.estimate import size
+from studio.trainers.metadata import time_facts
 
 FP32 = 4
 TOKEN_FORMAT = "embedding"
@@ -26,15 +27,18 @@ def part_paths(path: Path, spec: TrainSpec) -> dict[str, Path]:
 
 
 def save_trained(
-    adapter: Adapter, path: Path, spec: TrainSpec, *, base: Any, overwrite: bool
-) -> tuple[Path, ...]:
-    """Write an adapter and its parts, and return the files, that of the whole first.
+    adapter: Adapter, path: Path, spec: TrainSpec, *, base: Any, started: float, overwrite: bool
+) -> dict[str, Path]:
+    """Write an adapter and its parts, and return the files by the word for the part.
+
+    That of the whole is first; its word is empty.
 
     Args:
         adapter: As the method exported it, with all metadata.
         path: File of the whole.
         spec: The run; gives method and format.
         base: The pipeline that it was trained on.
+        started: When training did, in seconds since 1970.
         overwrite: Replace files that are there.
 
     Raises:
@@ -42,18 +46,22 @@ def save_trained(
         OutputError: If a file exists or cannot be written.
     """
     method: type[Trainer] = TRAINERS[spec.method]
-    parts = {file: _named(method.part(adapter, word), file) for word, file in part_paths(path, spec).items()}
-    return tuple(
-        save_adapter(
+    parts = {
+        word: (file, _named(method.part(adapter, word), file))
+        for word, file in part_paths(path, spec).items()
+    }
+    return {
+        word: save_adapter(
             part,
             file,
             # Only a file of its own can hold a token.
             format=spec.file_format if part.changes else TOKEN_FORMAT,
+            metadata=time_facts(spec, started=started),
             base=base,
             overwrite=overwrite,
         )
-        for file, part in {path: layers_of(adapter), **parts}.items()
-    )
+        for word, (file, part) in {"": (path, layers_of(adapter)), **parts}.items()
+    }
 
 
 def layers_of(adapter: Adapter) -> Adapter:

@@ -13,21 +13,23 @@ from torch import Tensor
 
 from studio.adapters.adapter import Adapter
 from studio.data.batches import derived_seed
-from studio.errors import OutputError, TrainingError
+from studio.errors import OutputError, TrainingError, memory_shortage
 from studio.specs.events import Event
 from studio.trainers.base import ParameterGroup, Trainer
 from studio.trainers.checkpoint import Checkpoints, State, read
 from studio.trainers.course import Course
 from studio.trainers.ema import Ema, mean_of, set_values
-from studio.trainers.estimate import Estimate, FirstSteps, estimate
 from studio.trainers.evaluate import mean_loss
+from studio.trainers.forecast import look_ahead
 from studio.trainers.guard import Guard
 from studio.trainers.inputs import make_prompts
 from studio.trainers.job import Job
 from studio.trainers.losses import Loss
 from studio.trainers.offload import Encoders
-from studio.trainers.runtime import rate_factor, turn_checkpointing_on
-from studio.trainers.step import Batch, Batches, Latents, Prompts, TrainStep
+from studio.trainers.optimizers import optimizer_of
+from studio.trainers.prompts import Prompts
+from studio.trainers.runtime import rate_factor, seed_random_state, turn_checkpointing_on
+from studio.trainers.step import Batch, Batches, Latents, TrainStep
 from studio.trainers.validation import DRAWS, Validation
 
 PATIENCE = 30
@@ -65,6 +67,7 @@ class Run:
         self._course = Course(groups)
         self._checkpoints = Checkpoints(job.folder.checkpoints, keep=spec.keep_checkpoints)
         self._checkpointed: int | None = None
+        self._draws = bool(spec.sample_every) and job.sample is not None and job.processes.main
         # Whether parameters and optimizer are as they are after ``_done`` steps.
         self._settled = True
         self._trained = [getattr(job.pipe, name) for name in dict.fromkeys(group.name for group in groups)]
@@ -75,12 +78,11 @@ class Run:
         step = TrainStep(job.pipe, loss=Loss.of(spec), prompts=prompts)
         self._set_start(step, saved)
         self._ema = Ema(self._parameters, decay=spec.ema_decay) if spec.ema_decay else None
-        self._validation = self._make_validation(prompts, held_out)
+        # The plain error, to be compared between runs whatever they are trained with.
+        self._held_out = None if held_out is None else (TrainStep(job.pipe, prompts=prompts), held_out)
+        self._validation = Validation(patience=spec.patience)
         self._prepare(step, saved)
         self._guard = Guard(self._parameters, steps=self._done)
-        self._estimate = self._estimated()
-        device = next(job.pipe.unet.parameters()).device
-        self._first_steps = FirstSteps(self._estimate, device, steps=spec.steps - self._done)
 
     def _prompts(self) -> Prompts:
         job = self._job
@@ -89,7 +91,6 @@ class Run:
             job.spec,
             self._batches.recurring_captions,
             trained=any(group.name.startswith("text_encoder") for group in self._groups),
-            precision=str(self._accelerator.mixed_precision),
             tell=job.tell,
         )
 
@@ -103,17 +104,10 @@ class Run:
         self._processes.equalize(self._parameters)
         self._trainer.values_set()
 
-    def _make_validation(self, prompts: Prompts, held_out: Latents | None) -> Validation | None:
-        if held_out is None:
-            return None
-        # The plain error, to be compared between runs whatever they are trained with.
-        plain = TrainStep(self._job.pipe, prompts=prompts)
-        return Validation(lambda: self._measure(plain, held_out), patience=self._job.spec.patience)
-
     def _prepare(self, step: TrainStep, saved: State | None) -> None:
         """Make what takes the steps, as it is after those that are done."""
         spec, accelerator = self._job.spec, self._accelerator
-        optimizer = self._trainer.optimizer(self._groups, name=spec.optimizer, weight_decay=spec.weight_decay)
+        optimizer = optimizer_of(self._trainer, self._groups, spec)
         if saved is not None:
             self._load_progress(saved, optimizer)
         # A pure function of the step, so it needs no state of its own.
@@ -125,26 +119,26 @@ class Run:
         self._step = accelerator.prepare_model(step, evaluation_mode=True)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
 
-    def _estimated(self) -> Estimate:
-        return estimate(
-            self._job.pipe,
-            self._parameters,
-            aside=self._trainer.aside,
-            optimizer=self._job.spec.optimizer,
-            averaged=self._ema is not None,
-            away=self._encoders.resting,
-        )
-
     def go(self, stop: Callable[[], bool]) -> Adapter:
         """Train to the end or until told to stop and return the adapter."""
-        self._job.tell(f"{self._estimate}.")
+        self._train_mode(True)
+        self._first_steps = look_ahead(
+            self._step,
+            self._job,
+            self._batches,
+            trainer=self._trainer,
+            parameters=self._parameters,
+            averaged=self._ema is not None,
+            resting=self._encoders.resting,
+            precision=str(self._accelerator.mixed_precision),
+            steps=self._job.spec.steps - self._done,
+        )
         if self._begun:
             self._job.tell(f"Goes on after step {self._begun}.", step=self._begun)
         else:
             self._draw()
             self._validate()
         self._encoders.rest(range(self._done, self._job.spec.steps), self._job.tell)
-        self._train_mode(True)
         self._first_steps.begin()
         try:
             stopped = self._train(stop)
@@ -179,7 +173,7 @@ class Run:
                 self._save(self._job.folder.adapter(done))
             if spec.sample_every and (done % spec.sample_every == 0 or done == spec.steps):
                 self._draw()
-            if self._validation is not None and self._validation.exhausted:
+            if self._validation.exhausted:
                 self._job.tell(
                     f"Stopped early after {done} of {spec.steps} steps: the validation loss has not fallen "
                     f"for {spec.patience} measurements.",
@@ -233,7 +227,7 @@ class Run:
         for part in range(spec.gradient_accumulation):
             place = self._place(done * spec.gradient_accumulation + part)
             # Dropout draws from the global state; seeded here it depends on nothing that ran before.
-            torch.manual_seed(derived_seed(spec.seed, place, "dropout"))
+            seed_random_state(accelerator.device, derived_seed(spec.seed, place, "dropout"))
             with accelerator.accumulate(self._step):
                 loss = self._step(self._batch(place))
                 accelerator.backward(loss)
@@ -309,10 +303,11 @@ class Run:
         return loss
 
     def _validate(self) -> None:
-        if self._validation is None:
+        if self._held_out is None:
             return
         job = self._job
-        loss, better = self._validation.look()
+        loss = self._measure(*self._held_out)
+        better = self._validation.better(loss)
         text = f"Validation loss {loss:.4f} after step {self._done}{', the best so far' * better}."
         values = {"validation_loss": loss}
         job.on_event(
@@ -329,13 +324,19 @@ class Run:
             self._job.folder.prune_adapters(self._job.spec.keep_adapters)
 
     def _draw(self) -> None:
-        job = self._job
-        if not job.spec.sample_every or job.sample is None or not self._processes.main:
+        """Draw the samples, none any more once the memory was not enough."""
+        if not self._draws:
             return
         adapter = self._export() if self._done else None
         self._train_mode(False)
-        with self._trainer.suspended(), self._encoders.awake():
-            job.draw(adapter, step=self._done)
+        try:
+            with self._trainer.suspended(), self._encoders.awake():
+                self._job.draw(adapter, step=self._done)
+        except Exception as error:
+            if (what := memory_shortage(error)) is None:
+                raise
+            self._draws = False
+            self._job.tell(f"Warning: no samples are drawn from here on, as {what}.", step=self._done)
         self._train_mode(True)
 
     def _train_mode(self, on: bool) -> None:
@@ -365,7 +366,7 @@ class Run:
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state(),
-            "validation": None if self._validation is None else self._validation.state(),
+            "validation": None if self._held_out is None else self._validation.state(),
         }
 
     def _rescue(self) -> None:
@@ -381,7 +382,7 @@ class Run:
             self._accelerator.scaler.load_state_dict(saved["scaler"])
         if self._ema is not None:
             self._ema.load_state(saved["ema"])
-        if self._validation is not None:
+        if self._held_out is not None:
             self._validation.load_state(saved["validation"])
         self._begun = self._done = self._checkpointed = saved["done"]
         self._skipped, self._course.smoothed = saved["skipped"], saved["smoothed"]

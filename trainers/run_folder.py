@@ -71,6 +71,10 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    def is_of(self, spec: TrainSpec) -> bool:
+        """Return whether the run that lies here is one of a specification."""
+        return self.spec.is_file() and self.spec.read_text(encoding="utf-8") == as_toml(spec)
+
     def record(self, event: Event) -> None:
         """Add an event to the log, on a line of its own whatever a killed process left behind.
 

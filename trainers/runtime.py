@@ -13,7 +13,8 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from diffusers import DiffusionPipeline
 
 from studio.errors import TrainingError
-from studio.models.device import resolve_device
+from studio.models.clip_skip import check_clip_skip, clip_skipped
+from studio.models.device import has_bf16, resolve_device
 from studio.models.execution import attention, check_attention, compiled
 from studio.models.quantization import quantization_of
 from studio.registry import nearest
@@ -35,19 +36,25 @@ def choose_device(spec: TrainSpec, pipe: DiffusionPipeline) -> torch.device:
     return next(pipe.unet.parameters()).device if spec.device == "auto" else resolve_device(spec.device)
 
 
+def best_precision(device: torch.device) -> Precision:
+    """Return the number type to train in where none is asked for."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if has_bf16(device) else "fp16"
+
+
 def choose_precision(spec: TrainSpec, pipe: DiffusionPipeline, device: torch.device) -> Precision:
     """Return the number type of the forward pass.
 
-    ``auto`` is fp32 on the CPU, on a GPU the base's own 16-bit type or else bf16 where the GPU has it.
+    ``auto`` is the best for the device, but on a GPU a base in 16 bits is trained in its own type.
 
     Raises:
         TrainingError: If the device cannot train in it.
     """
     if spec.precision == "auto":
-        if device.type != "cuda":
-            return "fp32"
         own: dict[torch.dtype, Precision] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-        return own.get(pipe.unet.dtype, "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+        best = best_precision(device)
+        return best if best == "fp32" else own.get(pipe.unet.dtype, best)
     if spec.precision == "fp16" and device.type != "cuda":
         raise TrainingError(f"precision fp16 cannot train on '{device.type}'. Use fp32, bf16 or auto.")
     return spec.precision
@@ -106,12 +113,13 @@ def make_accelerator(
 
 
 def check_execution(pipe: DiffusionPipeline, spec: TrainSpec, device: torch.device) -> None:
-    """Check that the base can compute as asked and is held as asked.
+    """Check that the base can read prompts and compute as asked and is held as asked.
 
     Raises:
-        UsageError: If attention cannot be computed so on this machine.
+        UsageError: If the base cannot read prompts so, or attention cannot be computed so on this machine.
         TrainingError: If the base's weights are in another form.
     """
+    check_clip_skip(pipe, spec.clip_skip)
     check_attention(spec.attention, device)
     own = quantization_of(pipe.unet)
     if own != spec.quantize_base:
@@ -123,8 +131,9 @@ def check_execution(pipe: DiffusionPipeline, spec: TrainSpec, device: torch.devi
 
 @contextlib.contextmanager
 def execution(pipe: DiffusionPipeline, spec: TrainSpec) -> Iterator[None]:
-    """Have a base compute as asked for the length of a run, and lie where it is to; afterwards as before."""
+    """Have a base read prompts, compute and lie as asked for the length of a run; afterwards as before."""
     with (
+        clip_skipped(pipe, spec.clip_skip),
         attention(pipe.unet, spec.attention),
         compiled(pipe.unet, spec.compile),
         originals_on_cpu(pipe, spec.offload_encoders),
@@ -142,6 +151,16 @@ def own_random_state(device: torch.device) -> Iterator[None]:
         torch.cuda.device(index) if cuda else contextlib.nullcontext(),
     ):
         yield
+
+
+def seed_random_state(device: torch.device, seed: int) -> None:
+    """Seed the random state that ``own_random_state`` keeps apart.
+
+    ``torch.manual_seed`` would reach into all other devices as well.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def turn_checkpointing_on(parts: Sequence[Any]) -> None:

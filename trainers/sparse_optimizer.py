@@ -1,6 +1,6 @@
-"""AdamW for the chosen entries of weights."""
+"""What updates the chosen entries of weights: an AdamW of their own, or any optimizer of torch's kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,3 +65,34 @@ class SparseAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
             )
         return loss
+
+
+def write_each_step(
+    optimizer: torch.optim.Optimizer, parts: Sequence[SparseParameters]
+) -> Callable[[], None]:
+    """Have an optimizer of the vectors of ``SparseParameters`` write each of its steps into the weights.
+
+    Returns:
+        What makes it start anew but for its rates: to be called when the vectors have another length.
+    """
+    start = [_settings(group) for group in optimizer.param_groups]
+
+    def write(*_: Any) -> None:
+        for part in parts:
+            part.write_trained()
+
+    def start_anew() -> None:
+        optimizer.state.clear()
+        for group, settings in zip(optimizer.param_groups, start, strict=True):
+            # Some count steps there, or estimate what they go on with.
+            for name in _settings(group).keys() - settings.keys():
+                del group[name]
+            group.update(settings)
+
+    optimizer.register_step_post_hook(write)
+    return start_anew
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an optimizer keeps of a group beside parameters and rates."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}

@@ -86,6 +86,12 @@ class SparseParameters:
         """Canonical names of the weights of which an entry was chosen, in the order of the vector."""
         return [part.name for part in self._parts]
 
+    @property
+    def aside(self) -> list[Tensor]:
+        """Where the entries are, on the device and on the CPU, and what they were in the base."""
+        undo = (value for part in self._parts for value in (part.indices, part.original))
+        return [*self.plan.indices, *undo]
+
     def attach(self) -> None:
         """Have the backward passes fill the vector's gradient."""
         for number, part in enumerate(self._parts):
@@ -158,6 +164,14 @@ class SparseParameters:
         if part.remaining is None or part.frozen is None:
             return values.to("cpu", copy=True)
         return part.frozen.masked_scatter(part.remaining, values.cpu())
+
+    @torch.no_grad()
+    def write_trained(self) -> None:
+        """Write the values into the weights after a step: those that are no longer trained stand there."""
+        for weight, positions, segment in zip(
+            self.plan.weights, self.plan.indices, self.plan.segments, strict=True
+        ):
+            scatter_(weight, positions, self.values[segment])
 
     def write(self) -> None:
         """Write the values into the weights, for when they were changed by other than the optimizer."""

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from studio.adapters.kinds.lora import LoraChange
 from studio.data.batches import derived_seed
+from studio.models.gradients import GradientScale
 from studio.trainers.layer_method import PEFT_NAME, copied
 from studio.trainers.processes import ALONE, Processes
 
@@ -113,8 +114,20 @@ def start_from_gradient(
         batches: How many to look at.
         seed: Of the decomposition.
         processes: Those of which each has a share of the batches.
+
+    Raises:
+        BaseModelError: If the gradients are not finite.
     """
     weights = {name: layer.base_layer.weight for name, layer in layers.items()}
+
+    def look(factor: float) -> list[Tensor | None]:
+        for weight in weights.values():
+            weight.grad = None
+        for number in range(batches):
+            (loss(number) * factor).backward()
+        processes.average_gradients(list(weights.values()))
+        return [weight.grad for weight in weights.values()]
+
     trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     wanted = [parameter for parameter in trained if parameter.requires_grad]
     for parameter in wanted:
@@ -122,14 +135,13 @@ def start_from_gradient(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for number in range(batches):
-            loss(number).backward()
-        processes.average_gradients(list(weights.values()))
+        _, factor = GradientScale().finite(look)
         for name, layer in layers.items():
             gradient, rank = weights[name].grad, layer.r[PEFT_NAME]
             weights[name].grad = None
             # A layer that the loss does not depend on has no gradient, and keeps the start that it has.
             if gradient is not None and gradient.any():
+                gradient = gradient.float() / factor
                 left, _, right = leading(gradient, 2 * rank, seed=derived_seed(seed, name, "gradient"))
                 size = len(gradient) ** 0.25 / math.sqrt(GAMMA)
                 with torch.no_grad():

@@ -1,6 +1,6 @@
 """One forward pass of training: from latents, noise and captions to the loss."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from studio.data.buckets import Box
 from studio.data.cache import Cache, Tensors, file_fingerprint
 from studio.errors import TrainingError
 from studio.trainers.losses import Loss
+from studio.trainers.prompts import Prompts
 
 SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -119,78 +120,13 @@ class NoiseSchedule:
         return loss.weights(self._scheduler.alphas_cumprod, prediction_type=self.prediction_type)
 
 
-class Prompts:
-    """Prompt embeddings, by the pipeline's own encoding.
-
-    Args:
-        pipe: Its text encoders are used as they are at each call.
-        cache: Keeps embeddings, or None.
-        recurring: The captions worth keeping; None for all.
-        trained: Whether the text encoders are, so that gradients reach them and nothing is kept.
-    """
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        *,
-        cache: Cache | None = None,
-        recurring: Container[str] | None = None,
-        trained: bool = False,
-    ) -> None:
-        self._pipe = pipe
-        self._cache = cache
-        self.trained = trained
-        self._recurring = recurring
-        # SDXL draws the empty prompt as zeros; samples without their caption must look the same.
-        self._zero_empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
-
-    def __call__(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings ``[B, tokens, width]`` and, for SDXL, pooled ones ``[B, width]``."""
-        if self.trained:
-            return self._encode(captions, device)
-        # One by one, because a batch of others may round otherwise.
-        known = {caption: self._tensors(caption, device) for caption in dict.fromkeys(captions)}
-        found = [known[caption] for caption in captions]
-        embeddings = torch.cat([item["embeddings"] for item in found]).to(device)
-        if "pooled" not in found[0]:
-            return embeddings, None
-        return embeddings, torch.cat([item["pooled"] for item in found]).to(device)
-
-    def encode(self, captions: Iterable[str], device: torch.device) -> None:
-        """Encode captions ahead of their use."""
-        for caption in captions:
-            self._tensors(caption, device)
-
-    def _tensors(self, caption: str, device: torch.device) -> Tensors:
-        def make() -> Tensors:
-            with torch.no_grad():
-                embeddings, pooled = self._encode([caption], device)
-            return {"embeddings": embeddings} | ({} if pooled is None else {"pooled": pooled})
-
-        if self._cache is None or (self._recurring is not None and caption not in self._recurring):
-            return make()
-        return self._cache.get({"caption": caption}, make)
-
-    def _encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        encoded: tuple[Any, ...] = self._pipe.encode_prompt(
-            prompt=list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        embeddings: Tensor = encoded[0]
-        pooled: Tensor | None = encoded[2] if len(encoded) == 4 else None
-        if self._zero_empty and "" in captions:
-            keep = torch.tensor([caption != "" for caption in captions], device=embeddings.device)
-            embeddings = embeddings * keep[:, None, None]
-            pooled = None if pooled is None else pooled * keep[:, None]
-        return embeddings, pooled
-
-
 class Latents:
     """Latents and noise of samples; pictures with a fixed crop pass the autoencoder once.
 
     The distribution's mean and deviation are kept rather than a draw, so the cache changes no result.
 
     Args:
-        pipe: Its autoencoder is used.
+        pipe: Its autoencoder is used, which is to be held in fp32.
         samples: The course of samples.
         device: Where batches are put.
         cache: Keeps what recurs; None to encode every time.
@@ -266,8 +202,10 @@ class Latents:
 
     def _moments(self, sample: Sample) -> tuple[Tensor, Tensor]:
         def make() -> Tensors:
-            pixels = self.samples.pixels(sample)[None].to(self._device, self._vae.dtype)
-            with torch.no_grad():
+            assert self._vae.dtype == torch.float32
+            pixels = self.samples.pixels(sample)[None].to(self._device)
+            # In 16 bits SDXL's autoencoder overflows.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 distribution = self._vae.encode(pixels).latent_dist
             return {"mean": distribution.mean[0].float().cpu(), "std": distribution.std[0].float().cpu()}
 
@@ -292,6 +230,11 @@ class Batches:
     def __init__(self, subject: Latents, prior: Latents | None, *, prior_weight: float) -> None:
         self._subject, self._prior, self._prior_weight = subject, prior, prior_weight
         self._parts = [subject] if prior is None else [subject, prior]
+
+    @property
+    def courses(self) -> list[Samples]:
+        """The courses of samples, the user's and that of class pictures."""
+        return [part.samples for part in self._parts]
 
     @property
     def recurring_captions(self) -> frozenset[str]:
@@ -350,7 +293,7 @@ class TrainStep(nn.Module):
 
     def _loss(self, batch: Batch) -> Tensor:
         noisy = self.schedule.noisy(batch.latents, batch.noise, batch.timesteps)
-        embeddings, pooled = self._prompts(batch.captions, noisy.device)
+        embeddings, pooled, mask = self._prompts(batch.captions, noisy.device)
         dtype = self.unet.dtype
         conditions = None
         if pooled is not None:
@@ -359,6 +302,7 @@ class TrainStep(nn.Module):
             noisy.to(dtype),
             batch.timesteps,
             embeddings.to(dtype),
+            encoder_attention_mask=mask,
             added_cond_kwargs=conditions,
             return_dict=False,
         )[0]

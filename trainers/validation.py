@@ -1,7 +1,6 @@
 """The loss on pictures that are not trained on, and when it says that training has done what it can."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from studio.data.picture import PictureSet
@@ -13,25 +12,23 @@ DRAWS = 32
 
 
 class Validation:
-    """Measures now and then and remembers the best.
+    """Remembers the best of the losses that are measured now and then.
 
     Args:
-        measure: Returns the loss of the parameters as they are.
         patience: Measurements without a better one after which training stops; 0: never.
     """
 
-    def __init__(self, measure: Callable[[], float], *, patience: int) -> None:
-        self._measure, self._patience = measure, patience
+    def __init__(self, *, patience: int) -> None:
+        self._patience = patience
         self._best = math.inf
         self._without_better = 0
 
-    def look(self) -> tuple[float, bool]:
-        """Measure; return the loss and whether it is the best so far."""
-        loss = self._measure()
+    def better(self, loss: float) -> bool:
+        """Take in a loss; return whether it is the best so far."""
         better = loss < self._best
         self._best = min(loss, self._best)
         self._without_better = 0 if better else self._without_better + 1
-        return loss, better
+        return better
 
     @property
     def exhausted(self) -> bool:

@@ -19,7 +19,7 @@ from studio.adapters.adapter import Adapter
 from studio.batches.run import draw_batch
 from studio.errors import StudioError
 from studio.models.base import load_base
-from studio.specs import BatchSpec, Event, TrainSpec, parse_spec
+from studio.specs import BatchSpec, Event, GenerateSpec, TrainSpec, parse_spec
 from studio.trainers.loop import train
 from studio.trainers.step import TrainStep
 
@@ -44,10 +44,10 @@ class Script:
         drawn: list[str] = []
 
         def draw(
-            pipe: Any, adapter: Adapter | None, prompts: Sequence[str], seeds: Sequence[int]
+            pipe: Any, adapter: Adapter | None, specs: Sequence[GenerateSpec], paths: Sequence[Path]
         ) -> list[Image.Image]:
-            drawn.extend(prompts)
-            return [Image.new("RGB", (64, 64), "green") for _ in prompts]
+            drawn.extend(spec.prompt for spec in specs)
+            return [Image.new("RGB", (64, 64), "green") for _ in specs]
 
         asked = itertools.count()
         stop = lambda: next(asked) == stop_after  # noqa: E731

@@ -316,13 +316,16 @@ def test_adapters_on_the_way_have_their_parts_too(
     tiny_sdxl: Callable[[], Any], picture: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(picture, tmp_path / "x.safetensors", save_every=1, steps=2)
-    saved: list[Path] = []
-    train(tiny_sdxl(), spec, on_event=lambda event: saved.append(event.path) if event.path else None)
+    saved: dict[str, Path] = {}
+    train(
+        tiny_sdxl(), spec, on_event=lambda event: saved.update({event.part: event.path} if event.path else {})
+    )
     stem = "x-step-000001"
-    assert [path.name for path in saved] == [
-        f"{stem}.safetensors",
-        f"{stem}-content.safetensors",
-        f"{stem}-style.safetensors",
-    ]
-    assert all(path.is_file() for path in saved)
-    assert part_paths(saved[0], spec)["style"] == saved[2]
+    assert {part: path.name for part, path in saved.items()} == {
+        "": f"{stem}.safetensors",
+        "content": f"{stem}-content.safetensors",
+        "style": f"{stem}-style.safetensors",
+    }
+    assert all(path.is_file() for path in saved.values())
+    assert part_paths(saved[""], spec)["style"] == saved["style"]
+    assert not BLora.companions, "its own file holds both roles"

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from studio.specs import Event, TrainSpec
 from studio.trainers import estimate as module
+from studio.trainers import forecast
 from studio.trainers.estimate import Estimate, FirstSteps, duration, estimate, size
 from studio.trainers.loop import train
 
@@ -29,7 +30,15 @@ def held(tensors: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"rank": 8, "train_text_encoder": True}, SARA, {"method": "full"}], ids=str
+    "values",
+    [
+        {},
+        {"rank": 8, "train_text_encoder": True},
+        SARA,
+        {**SARA, "optimizer": "adafactor"},
+        {"method": "full"},
+    ],
+    ids=str,
 )
 def test_what_is_counted_is_what_is_there_after_a_step(
     tiny_sd: Callable[[], Any], spec: Spec, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -46,7 +55,7 @@ def test_what_is_counted_is_what_is_there_after_a_step(
         found["moments"] = held(value for value in entries if torch.is_tensor(value) and value.numel() > 1)
         found["gradients"] = held(parameter.grad for parameter in found["parameters"])
 
-    monkeypatch.setattr("studio.trainers.run.estimate", watch)
+    monkeypatch.setattr("studio.trainers.forecast.estimate", watch)
     handle = register_optimizer_step_post_hook(look)
     pipe = tiny_sd()
     base = held(
@@ -60,20 +69,26 @@ def test_what_is_counted_is_what_is_there_after_a_step(
     finally:
         handle.remove()
     parameters = held(found["parameters"])
+    # Of each entry its place, and its value in the base.
+    undo = 2 * parameters if values.get("method") == "sara" else 0
     assert found["estimate"] == Estimate(
-        base=base, trained=2 * parameters, gradients=found["gradients"], optimizer=found["moments"]
+        base=base + undo, trained=2 * parameters, gradients=found["gradients"], optimizer=found["moments"]
     )
 
 
 def test_a_run_tells_the_estimate_before_and_the_measurements_after_its_first_steps(
-    tiny_sd: Callable[[], Any], spec: Spec
+    tiny_sd: Callable[[], Any], spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Event] = []
+    monkeypatch.setattr(forecast, "SHORT", 0)
     train(tiny_sd(), spec(steps=3), on_event=events.append)
     kinds = [event.message.partition(":")[0] if event.kind == "message" else event.kind for event in events]
     assert kinds == ["report", "Memory", "progress", "progress", "Measured", "progress"]
-    measured = events[4].message
-    assert re.search(r"s a step, about .* in all\.$", measured)
+    told, measured = events[1].message, events[4].message
+    assert re.search(r"^Memory: about .*, activations .*\. Time: roughly .* s a step, .* in all\.$", told)
+    assert re.search(r"\d s a step \(estimated .* s\), about .* in all\.$", measured)
+    if module.CLEAR.exists():
+        assert re.search(r"more at their peak \(estimated .*iB\)", measured)
 
 
 class Work:
@@ -104,16 +119,14 @@ def mebibytes(text: str | None) -> list[float]:
 
 
 @needs_linux
-def test_the_peak_of_the_first_step_is_parted_into_what_was_expected_and_activations() -> None:
-    expected = Estimate(base=100 * MIB, trained=0, gradients=60 * MIB, optimizer=60 * MIB)
+def test_the_peak_of_the_first_steps_is_told_beside_what_was_estimated() -> None:
+    expected = Estimate(100 * MIB, 0, 60 * MIB, 60 * MIB, activations=250 * MIB, seconds=0.3)
     work = Work(expected, steps=40).run(2, for_a_while=300, kept=120)
     assert work.said[0] is None
-    rise, activations, total = mebibytes(work.said[1])
+    rise, estimated, total = mebibytes(work.said[1])
     assert 400 < rise < 480, "other threads of the process may take a little meanwhile"
-    assert activations == pytest.approx(rise - 120, abs=1) and total == pytest.approx(
-        220 + activations, abs=2
-    )
-    assert "0.2 s a step, about 8 s in all" in str(work.said[1])
+    assert estimated == 370 and total == pytest.approx(100 + rise, abs=2)
+    assert "0.2 s a step (estimated 0.3 s), about 8 s in all" in str(work.said[1])
 
 
 @needs_linux

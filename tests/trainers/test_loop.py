@@ -12,7 +12,7 @@ from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter
 from studio.data.dataset import read_dataset
 from studio.errors import TrainingError, UsageError
-from studio.specs import Event, TrainSpec
+from studio.specs import Event, GenerateSpec, TrainSpec
 from studio.trainers.evaluate import evaluate_loss
 from studio.trainers.loop import train
 
@@ -188,24 +188,47 @@ def test_samples_are_drawn_on_the_plain_base_with_the_adapter_so_far(
     names = [name for name, _ in pipe.unet.named_modules()]
 
     def draw(
-        given: Any, adapter: Adapter | None, prompts: Sequence[str], seeds: Sequence[int]
+        given: Any, adapter: Adapter | None, specs: Sequence[GenerateSpec], paths: Sequence[Path]
     ) -> list[Image.Image]:
         assert [name for name, _ in given.unet.named_modules()] == names and not given.unet.training
-        calls.extend(
-            (adapter and adapter.metadata["ss_steps"], *drawn) for drawn in zip(prompts, seeds, strict=True)
-        )
-        return [Image.new("RGB", (8, 8)) for _ in prompts]
+        (drawn,), (path,) = specs, paths
+        calls.append((adapter and adapter.metadata["ss_steps"], drawn.prompt, drawn.seed, path))
+        return [Image.new("RGB", (8, 8))]
 
     run = {"steps": 3, "sample_every": 2, "seed": 4}
-    adapter = train(pipe, spec(**run, sample_prompts=("one", "two")), on_event=events.append, sample=draw)
-    assert calls == [(steps, prompt, 4) for steps in (None, "2", "3") for prompt in ("one", "two")]
+    prompts = ("one", "two --d 7")
+    adapter = train(pipe, spec(**run, sample_prompts=prompts), on_event=events.append, sample=draw)
+    seeds = {"one": 4, "two": 7}
+    assert [call[:3] for call in calls] == [
+        (step, *one) for step in (None, "2", "3") for one in seeds.items()
+    ]
     paths = [event.path for event in events if event.kind == "sample"]
     assert [path.name for path in paths] == [f"00000{step}-{n}.png" for step in (0, 2, 3) for n in (0, 1)]
-    assert all(path.is_file() and path.parent == tmp_path / "out" / "dog-run" / "samples" for path in paths)
+    assert paths == [call[3] for call in calls]
+    assert all(path.parent == tmp_path / "out" / "dog-run" / "samples" for path in paths)
     plain = train(pipe, spec(steps=3, seed=4, overwrite=True))
     assert same(adapter, plain), "drawing samples must not change training"
     with pytest.raises(TrainingError, match="sample_every is set but there is nothing to draw"):
         train(pipe, spec(**run, overwrite=True))
+
+
+def test_a_run_goes_on_without_samples_where_the_memory_is_not_enough_for_them(
+    tiny_sd: Callable[[], Any], spec: Spec
+) -> None:
+    events: list[Event] = []
+    tried: list[bool] = []
+
+    def draw(*_: Any) -> list[Image.Image]:
+        tried.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    adapter = train(tiny_sd(), spec(steps=2, sample_every=1), on_event=events.append, sample=draw)
+    assert adapter.metadata["ss_steps"] == "2" and tried == [True]
+    said = [event.message for event in events if "Warning" in event.message]
+    assert said == [
+        "Warning: no samples are drawn from here on, as the GPU's memory is not enough: 2.00 GiB more were "
+        "asked for."
+    ]
 
 
 def test_divergence_stops_with_what_to_lower_and_saves_the_last_good_adapter(
@@ -216,7 +239,8 @@ def test_divergence_stops_with_what_to_lower_and_saves_the_last_good_adapter(
     pipe, calls, forward = tiny_sd(), [], TrainStep.forward
 
     def break_down(self: TrainStep, batch: Any) -> Tensor:
-        calls.append(1)
+        # The passes before the first step are over empty pictures.
+        calls.extend([1] * bool(batch.noise.any()))
         return forward(self, batch) * (float("nan") if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(TrainStep, "forward", break_down)
@@ -275,14 +299,19 @@ def test_sdxl_trains_with_both_text_encoders(tiny_sdxl: Callable[[], Any], spec:
         {"loss": "l1"},
         {"loss": "huber"},
         {"noise_offset": 0.1},
+        {"min_timestep": 900},
+        {"max_timestep": 100},
+        {"clip_skip": 2},
         {"schedule": "polynomial"},
         {"schedule": "restarts"},
         {"ema_decay": 0.5},
         {"checkpoint_every": 1, "average_last": 2},
+        {"optimizer_options": {"betas": "0.5, 0.9"}},
         {"optimizer": "adafactor"},
         {"optimizer": "lion"},
         {"optimizer": "prodigy"},
         {"caption_dropout": 1.0},
+        {"max_token_length": 3},
         {"flip": True},
         {"center_crop": False},
         {"resolution": 48},
@@ -335,9 +364,13 @@ def test_the_text_encoders_rate_is_its_own(tiny_sd: Callable[[], Any], spec: Spe
     [
         ({"precision": "fp16"}, TrainingError, "fp16 cannot train on 'cpu'.*fp32, bf16 or auto"),
         ({"device": "cuda:7"}, UsageError, "cuda:7"),
-        ({"prompt": "dog " * 80}, UsageError, "the prompt has 242 tokens.*takes 77"),
+        (
+            {"sample_prompts": ("a --x 1", "b --w 9", "<lora:c:1>")},
+            UsageError,
+            r"(?s)'a --x 1': '--x' in a prompt is not known.*'b --w 9': width: .*1>': samples show the",
+        ),
     ],
-    ids=["fp16-on-cpu", "no-such-gpu", "long-prompt"],
+    ids=["fp16-on-cpu", "no-such-gpu", "sample-prompts"],
 )
 def test_requests_that_do_not_fit_are_refused_before_any_work(
     tiny_sd: Callable[[], Any], spec: Spec, values: dict[str, Any], error: type[Exception], words: str

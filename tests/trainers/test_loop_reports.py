@@ -10,7 +10,7 @@ from PIL import Image
 from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter
 from studio.errors import OutputError
-from studio.specs import Event, TrainSpec
+from studio.specs import Event, GenerateSpec, TrainSpec
 from studio.trainers.loop import train
 
 Spec = Callable[..., TrainSpec]
@@ -56,10 +56,11 @@ def test_the_samples_default_to_the_training_prompt(tiny_sd: Callable[[], Any], 
     drawn: list[str] = []
 
     def draw(
-        pipe: Any, adapter: Adapter | None, prompts: Sequence[str], seeds: Sequence[int]
+        pipe: Any, adapter: Adapter | None, specs: Sequence[GenerateSpec], paths: Sequence[Path]
     ) -> list[Image.Image]:
-        drawn.extend(prompts)
-        return [Image.new("RGB", (8, 8)) for _ in prompts]
+        assert all(spec.raw_prompt for spec in specs), "as captions are read"
+        drawn.extend(spec.prompt for spec in specs)
+        return [Image.new("RGB", (8, 8)) for _ in specs]
 
     train(tiny_sd(), spec(steps=1, sample_every=1), sample=draw)
     assert drawn == ["sks dog", "sks dog"]

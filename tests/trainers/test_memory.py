@@ -58,10 +58,11 @@ class Calls:
         return set(self.log[self.log.index("step") :]) - {"step"}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_offloaded_encoders_encode_all_before_the_first_step_and_change_nothing(
-    short_sd: Callable[[], Any], spec: Spec
+    short_sd: Callable[[], Any], spec: Spec, precision: str
 ) -> None:
-    values = {"steps": 4, "batch_size": 1, "flip": True, "caption_dropout": 0.3}
+    values = {"precision": precision, "steps": 4, "batch_size": 1, "flip": True, "caption_dropout": 0.3}
     plain, pipe = short_sd(), short_sd()
     usual, ahead = Calls(plain), Calls(pipe)
     wanted = train(plain, spec(**values), on_event=usual)

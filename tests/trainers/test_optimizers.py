@@ -11,6 +11,7 @@ from studio.specs import TrainSpec
 from studio.trainers.base import ParameterGroup
 from studio.trainers.loop import train
 from studio.trainers.optimizers import make_optimizer
+from studio.trainers.run_folder import RunFolder
 
 Spec = Callable[..., TrainSpec]
 NAMES = get_args(TrainSpec.model_fields["optimizer"].annotation)
@@ -106,7 +107,45 @@ def test_default_rates_are_those_that_the_optimizer_wants(spec: Spec) -> None:
     assert spec(optimizer="lion", learning_rate=0.5).unet_learning_rate == 0.5
 
 
-def test_sara_takes_no_other_than_its_own(tiny_sd: Callable[[], Any], spec: Spec) -> None:
-    own = spec().model_dump(exclude={"options", "method"})
-    with pytest.raises(TrainingError, match="sara has its own AdamW, got optimizer 'lion'"):
-        train(tiny_sd(), TrainSpec.model_validate(own | {"method": "sara", "optimizer": "lion"}))
+def test_options_reach_the_constructor_as_the_values_they_spell(spec: Spec) -> None:
+    given = {" betas ": "0.8, 0.99", "eps": "1e-6", "amsgrad": "true"}
+    options = spec(optimizer_options=given).optimizer_options
+    assert options == {"betas": (0.8, 0.99), "eps": 1e-6, "amsgrad": True}
+    optimizer = make_optimizer("adamw", groups(1e-2), weight_decay=0.1, options=options)
+    assert optimizer.defaults | dict(options) == optimizer.defaults
+    with pytest.raises(ValueError, match="eps must be a number, true or false"):
+        spec(optimizer_options={"eps": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"beta": 0.9}, "'adamw' has no beta. Did you mean 'betas'. It takes betas, eps, amsgrad"),
+        ({"lr": 1e-3}, "lr is what learning_rate says"),
+        ({"betas": (2.0, 0.9)}, r"'adamw' refuses betas = \(2.0, 0.9\) \(Invalid beta parameter.*Correct or"),
+        ({"betas": 0.9}, "'adamw' refuses betas = 0.9 "),
+    ],
+    ids=["unknown", "elsewhere", "value", "type"],
+)
+def test_options_that_do_not_fit_are_refused_before_an_earlier_run_is_replaced(
+    tiny_sd: Callable[[], Any], spec: Spec, options: dict[str, Any], words: str
+) -> None:
+    run = spec(overwrite=True, optimizer_options=options)
+    kept = RunFolder(run.output).checkpoints / "000001.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"")
+    with pytest.raises(TrainingError, match=f"optimizer_options: {words}"):
+        train(tiny_sd(), run)
+    assert kept.exists()
+
+
+def test_saras_own_adamw_takes_options_too(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    own = spec(steps=1).model_dump(exclude={"options", "method"}) | {"method": "sara", "overwrite": True}
+    run = TrainSpec.model_validate(own | {"optimizer_options": {"eps": 1.0}})
+    plain = train(tiny_sd(), TrainSpec.model_validate(own))
+    damped = train(tiny_sd(), run)
+    name, change = next(iter(plain.changes.items()))
+    assert change.values.abs().mean() > 10 * damped.changes[name].values.abs().mean()  # type: ignore[attr-defined]
+    assert damped.metadata["ss_optimizer"] == "adamw(eps=1.0)"
+    with pytest.raises(TrainingError, match=r"'adamw' has no amsgrad\. It takes betas, eps\."):
+        train(tiny_sd(), TrainSpec.model_validate(own | {"optimizer_options": {"amsgrad": True}}))

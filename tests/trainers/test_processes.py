@@ -21,7 +21,7 @@ from studio.batches.run import draw_batch
 from studio.errors import TrainingError, UsageError
 from studio.models.base import load_base
 from studio.registry import TRAINERS
-from studio.specs import BatchSpec, Event, TrainSpec, parse_spec
+from studio.specs import BatchSpec, Event, GenerateSpec, TrainSpec, parse_spec
 from studio.trainers.loop import train
 from studio.trainers.processes import Processes, join
 from studio.trainers.run_folder import RunFolder
@@ -118,8 +118,10 @@ class Together:
         return torch.cat([part.flatten() for part in changed])
 
 
-def draw(pipe: Any, adapter: Adapter | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
-    return [Image.new("RGB", (64, 64), "green") for _ in prompts]
+def draw(
+    pipe: Any, adapter: Adapter | None, specs: Sequence[GenerateSpec], paths: Sequence[Path]
+) -> list[Any]:
+    return [Image.new("RGB", (64, 64), "green") for _ in specs]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ Spec = Callable[..., TrainSpec]
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "sara": {"method": "sara", "quantile": 0.2, "reselect_at": 2, "learning_rate": 5e-3},
     "sara-every-part": {"method": "sara", "reselect_at": 1, "train_text_encoder": True, "rank_every": 2},
+    "sara-adafactor": {"method": "sara", "reselect_at": 2, "learning_rate": 0.5, "optimizer": "adafactor"},
+    "sara-prodigy": {"method": "sara", "reselect_at": 2, "learning_rate": 1.0, "optimizer": "prodigy"},
     "pissa": {"init": "pissa"},
     "lora-ga": {"init": "lora-ga", "init_batches": 1},
     "eva-fa": {"init": "eva", "init_batches": 1, "freeze_down": True},
@@ -154,9 +156,9 @@ def test_another_course_of_the_learning_rate_is_said(base: Any, run: Spec) -> No
 def test_samples_do_not_change_a_resumed_run(base: Any, run: Spec) -> None:
     drawn: list[str | None] = []
 
-    def draw(pipe: Any, adapter: Adapter | None, prompts: Any, seeds: Any) -> list[Image.Image]:
+    def draw(pipe: Any, adapter: Adapter | None, specs: Any, paths: Any) -> list[Image.Image]:
         drawn.append(adapter and adapter.metadata["ss_steps"])
-        return [Image.new("RGB", (8, 8)) for _ in prompts]
+        return [Image.new("RGB", (8, 8)) for _ in specs]
 
     in_one_go = train(base, run("sara", ema_decay=0.5))
     values = {"ema_decay": 0.5, "sample_every": 2}

@@ -30,6 +30,37 @@ def test_the_nuclear_norms_gradient_is_autograds(shape: tuple[int, int]) -> None
     assert float(nuclear_norm_gradient(thin).square().sum()) == pytest.approx(3, rel=1e-3)  # rank 3, fp32
 
 
+def with_values(shape: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
+    """Return a matrix ``[m, n]``, fp32, with these singular values ``[r]`` and zeros."""
+    generator = torch.Generator().manual_seed(2)
+    sides = [torch.randn(side, len(values), generator=generator, dtype=torch.float64) for side in shape]
+    left, right = (torch.linalg.qr(side).Q for side in sides)
+    return ((left * values) @ right.T).float()
+
+
+# 5000 columns are several blocks.
+@pytest.mark.parametrize("shape", [(48, 48), (70, 33), (33, 5000)], ids=str)
+@pytest.mark.parametrize("rank", [33, 3])
+def test_the_nuclear_norms_gradient_is_that_of_the_decomposition(shape: tuple[int, int], rank: int) -> None:
+    # From the largest to the smallest are three decades, six where squared: more than fp32 could tell apart.
+    matrix = with_values(shape, torch.logspace(0, -3, rank, dtype=torch.float64))
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    exact = left[:, :rank] @ right[:rank]
+    # fp32 rounds 1e-7 of the largest singular value, which is 1e-4 of the smallest.
+    assert float((nuclear_norm_gradient(matrix).double() - exact).norm()) < 1e-4 * float(exact.norm())
+
+
+def test_tables_of_tokens_take_no_turns(tiny_sd: Base) -> None:
+    trainer, parts, _ = trainer_on(tiny_sd(), quantile=0.5, rank_weight=1.0, train_text_encoder=True)
+    term = trainer._rank_term
+    assert term is not None
+    names = {part.names[number] for part, number in term._matrices}
+    tables = {name for part in parts for name in part.names if "token_embedding" in name}
+    assert tables and not tables & names
+    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    assert any("time_embedding.linear" in name for name in names)
+
+
 @pytest.mark.parametrize("of", ["parameter", "delta"])
 def test_the_rank_term_adds_the_masked_gradient_of_one_matrix(tiny_sd: Base, of: str) -> None:
     pipe = tiny_sd()

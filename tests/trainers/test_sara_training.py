@@ -9,6 +9,9 @@ import torch
 from sara_oracle import DenseProblem, batch_loss, masks_of, smallest, trainer_on
 from torch import Tensor, nn
 
+from studio.trainers.base import ParameterGroup
+from studio.trainers.optimizers import make_optimizer
+
 Base = Callable[[], Any]
 BASES = ["sd", "sdxl"]
 
@@ -140,6 +143,40 @@ def test_reselection_freezes_where_entries_stand_and_starts_new_moments(tiny_sd:
         if masks[name].any():
             change = exported[f"unet.{name}"].delta(weight, weight=1.0)
             assert torch.allclose(change, weight.detach() - before[name], rtol=0, atol=1e-6)  # as above
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adafactor", 0.5), ("lion", 5e-3), ("prodigy", 1.0)])
+def test_any_optimizer_steps_as_on_a_vector_of_its_own_and_starts_anew_at_reselection(
+    tiny_sd: Base, name: str, rate: float
+) -> None:
+    pipe = tiny_sd()
+    before, masks = weights(pipe), masks_of(pipe, smallest(0.2))
+    trainer, (part,), _ = trainer_on(pipe, quantile=0.2, reselect_at=3)
+    chosen = part.values.numel()
+    optimizer = trainer.optimizer([ParameterGroup("unet", [part.values], rate)], name=name, weight_decay=0.1)
+    for number in range(1, 7):
+        batch_loss(pipe, number).backward()
+        trainer.before_clipping(number)
+        if number in (1, 4):
+            own = nn.Parameter(part.values.detach().clone())
+            reference = make_optimizer(name, [ParameterGroup("unet", [own], rate)], weight_decay=0.1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate * (1.1 - number / 10))
+        # As a schedule does after each step.
+        reference.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        assert part.values.grad is not None
+        own.grad = part.values.grad.clone()
+        for stepping in (reference, optimizer):
+            stepping.step()
+            stepping.zero_grad()
+            stepping.param_groups[0]["lr"] = rate * (1 - number / 10)
+        assert torch.equal(part.values, own), number
+    assert own.numel() < chosen
+    for weight, indices, segment in zip(
+        part.plan.weights, part.plan.indices, part.plan.segments, strict=True
+    ):
+        assert torch.equal(weight.detach().flatten()[indices.long()], own.detach()[segment])
+    for name, weight in pipe.unet.named_parameters():
+        assert torch.equal(weight[~masks[name]], before[name][~masks[name]]), name
 
 
 def test_all_of_the_selections_rules_train_what_they_say(tiny_sd: Base) -> None:

@@ -155,6 +155,30 @@ def test_lora_ga_starts_along_the_gradient_of_the_weights(
     assert compared > 20
 
 
+def test_lora_ga_starts_along_gradients_that_are_too_small_for_fp16(tiny_sd: Callable[[], Any]) -> None:
+    def started(dtype: torch.dtype) -> list[Tensor]:
+        pipe = tiny_sd()
+        trainer = prepared(pipe, init="lora-ga", init_batches=1, targets="attention")
+        pipe.unet.to(dtype)
+
+        def loss(number: int) -> Tensor:
+            generator = torch.Generator().manual_seed(number)
+            latents, states = (
+                torch.randn(size, generator=generator).to(dtype) for size in ((2, 4, 16, 16), (2, 7, 32))
+            )
+            prediction: Tensor = pipe.unet(latents, torch.tensor([10, 700]), states).sample
+            return 1e-3 * prediction.float().square().mean()
+
+        trainer.warm_start(loss)
+        return [functional.normalize(factors(layer)[0]) for _, _, layer in trainer.added]
+
+    alike = [
+        float((one @ other.T).square().sum() / len(one))
+        for one, other in zip(started(torch.float16), started(torch.float32), strict=True)
+    ]
+    assert sum(alike) / len(alike) > 0.95
+
+
 def test_lora_ga_needs_room_for_twice_the_rank(tiny_sd: Callable[[], Any]) -> None:
     from studio.errors import TrainingError
 

@@ -13,8 +13,9 @@ from studio.data.picture import PLAIN, Treatment
 from studio.errors import SpecError, TrainingError
 from studio.specs import TrainSpec, parse_spec
 from studio.trainers.losses import Loss
+from studio.trainers.prompts import Prompts
 from studio.trainers.runtime import rate_factor
-from studio.trainers.step import Batch, Latents, NoiseSchedule, Prompts, TrainStep
+from studio.trainers.step import Batch, Latents, NoiseSchedule, TrainStep
 
 CPU = torch.device("cpu")
 
@@ -168,10 +169,10 @@ def test_captions_are_encoded_once_unless_the_encoders_are_trained(tiny_sd: Call
     pipe, calls = tiny_sd(), []
     pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     cached = Prompts(pipe, cache=MemoryCache())
-    first, _ = cached(["dog", "cat", "dog"], CPU)
-    again, _ = cached(["dog", "cat", "dog"], CPU)
+    first = cached(["dog", "cat", "dog"], CPU).embeddings
+    again = cached(["dog", "cat", "dog"], CPU).embeddings
     assert len(calls) == 2 and torch.equal(first, again) and not torch.equal(first[0], first[1])
-    live, _ = Prompts(pipe, trained=True)(["dog", "cat", "dog"], CPU)
+    live = Prompts(pipe, trained=True)(["dog", "cat", "dog"], CPU).embeddings
     assert len(calls) == 3 and torch.allclose(live, first, atol=1e-6)  # batched sums
 
 
@@ -180,11 +181,12 @@ def test_sdxl_prompts_are_those_of_generation_and_the_empty_one_is_zero(
     tiny_sdxl: Callable[[], Any], trained: bool
 ) -> None:
     pipe = tiny_sdxl()
-    embeddings, pooled = Prompts(pipe, trained=trained)(["dog", ""], CPU)
+    embeddings, pooled, mask = Prompts(pipe, trained=trained)(["dog", ""], CPU)
     wanted, empty, wanted_pooled, empty_pooled = pipe.encode_prompt(
         "dog", device=CPU, do_classifier_free_guidance=True
     )
     assert embeddings.shape == (2, 77, 64) and pooled is not None and pooled.shape == (2, 32)
+    assert mask is None
     assert torch.allclose(embeddings, torch.cat([wanted, empty]), atol=1e-6)  # batched sums
     assert torch.allclose(pooled, torch.cat([wanted_pooled, empty_pooled]), atol=1e-6)  # the same
     assert not empty.any()
@@ -238,6 +240,14 @@ def test_a_batch_is_its_samples(latents: Callable[..., Any]) -> None:
         assert torch.equal(getattr(whole, field), torch.cat([getattr(part, field) for part in parts])), field
     assert whole.captions == tuple(part.captions[0] for part in parts)
     assert whole.latents.shape == whole.noise.shape == (3, 4, 8, 8)
+
+
+def test_pictures_are_encoded_in_fp32_also_where_a_step_computes_in_mixed_precision(
+    latents: Callable[..., Any],
+) -> None:
+    wanted = latents()[0].batch(0, 2).latents
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(latents()[0].batch(0, 2).latents, wanted)
 
 
 def test_latents_follow_the_autoencoders_scale_and_deviation(

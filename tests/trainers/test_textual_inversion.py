@@ -137,8 +137,14 @@ def test_pivotal_tuning_writes_the_layers_and_the_token_apart_and_both_act_toget
 ) -> None:
     pipe = tiny_sd()
     monkeypatch.setattr("studio.bases.cached_base", lambda *_: pipe)
-    result = studio.train(run(method="lora", vectors=2, rank=2, save_every=2))
+    files: dict[str, Path] = {}
+    result = studio.train(
+        run(method="lora", vectors=2, rank=2, save_every=2),
+        on_event=lambda event: files.update({event.part: event.path} if event.kind == "saved" else {}),
+    )
     assert {word: path.name for word, path in result.parts.items()} == {"token": "toy-token.safetensors"}
+    assert files == {"": result.path, **result.parts}
+    assert TRAINERS["lora"].companions == ("token",), "its own file lacks it"
     layers, token = load_adapter(result.path, base=pipe), load_adapter(result.parts["token"], base=pipe)
     assert layers.kind == "lora" and layers.changes and not layers.tokens
     assert token.kind == "textual-inversion" and not token.changes
@@ -193,7 +199,11 @@ def test_what_would_teach_nothing_or_cannot_be_written_is_refused_before_trainin
     refused: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"token": "<other>"}, TrainingError, "no caption names the token '<other>'.*the first is"),
         ({"token": "a"}, UsageError, "the token 'a' exists already in the base model's vocabulary"),
-        ({"vectors": 64, "prompt": "a <toy> and 20 more letters"}, UsageError, "the prompt has"),
+        (
+            {"vectors": 8, "prompt": "a <toy>", "max_token_length": 8},
+            TrainingError,
+            r"no caption names the token '<toy>' within max_token_length \(8\)",
+        ),
         ({"init_words": "toy"}, UsageError, "init_words 'toy' are 3 tokens"),
         ({"format": "kohya"}, TrainingError, "cannot be written in the format 'kohya': it is a token"),
         ({"method": "lora", "format": "embedding"}, TrainingError, "in the format 'embedding': it holds one"),

@@ -69,11 +69,11 @@ def test_the_best_adapter_is_kept_and_training_stops_early(tiny_sd: Callable[[],
 
 
 def test_patience_counts_measurements_without_a_better_one() -> None:
-    losses = iter([3.0, 2.0, 2.0, 2.5, 1.0, 1.5, 1.0])
-    validation = Validation(lambda: next(losses), patience=2)
-    seen = [(*validation.look(), validation.exhausted) for _ in range(7)]
-    assert [better for _, better, _ in seen] == [True, True, False, False, True, False, False]
-    assert [over for _, _, over in seen] == [False, False, False, True, False, False, True]
+    validation = Validation(patience=2)
+    losses = [3.0, 2.0, 2.0, 2.5, 1.0, 1.5, 1.0]
+    seen = [(validation.better(loss), validation.exhausted) for loss in losses]
+    assert [better for better, _ in seen] == [True, True, False, False, True, False, False]
+    assert [over for _, over in seen] == [False, False, False, True, False, False, True]
 
 
 def test_measuring_goes_on_where_it_was(tiny_sd: Callable[[], Any], spec: Spec) -> None:

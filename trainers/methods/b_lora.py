@@ -105,7 +105,7 @@ class BLora(LowRankMethod):
             TrainingError: As for LoRA, and if the base lacks SDXL's blocks and no others are named.
             UsageError: If a block that is named does not exist.
         """
-        self._prompt = spec.trigger or spec.prompt
+        self._prompt = None if spec.metadata == "minimal" else spec.trigger or spec.prompt
         return super().prepare(pipe, spec)
 
     def blocks(self, pipe: "DiffusionPipeline") -> Collection[str]:
@@ -118,7 +118,7 @@ class BLora(LowRankMethod):
         return self.product(layer)
 
     def facts(self) -> dict[str, str]:
-        """Return the blocks by role and the prompt, without which the file is of no use."""
+        """Return the blocks by role and, unless it is not to be told, the prompt that the file answers to."""
         prompt = {"modelspec.trigger_phrase": self._prompt} if self._prompt else {}
         return {**super().facts(), _ROLES: json.dumps(self._roles), **prompt}
 

@@ -38,6 +38,13 @@ class Dora(LowRankMethod):
         """Return the matrices and the magnitudes."""
         return {**super().parameters(layer), "magnitude": layer.lora_magnitude_vector[PEFT_NAME].weight}
 
+    def take(self, layer: Any, change: "DoraChange") -> None:
+        """Give an added layer the matrices and the magnitudes of a change that fits it."""
+        from studio.trainers.start_file import set_lengths
+
+        super().take(layer, change.direction)
+        set_lengths(layer, change)
+
     def change(self, layer: Any) -> "DoraChange":
         """Return the product and the magnitudes."""
         from studio.adapters.kinds.dora import DoraChange

@@ -17,6 +17,7 @@ from studio.trainers.base import ParameterGroup, Trainer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import Tensor
 
     from studio.adapters.adapter import Adapter
     from studio.trainers.full_parameters import FullParameters
@@ -63,9 +64,9 @@ class Full(Trainer):
         return "full trains the base's own weights, and quantised ones cannot learn"
 
     @property
-    def aside(self) -> int:
-        """Bytes of the base's own weights in whose places the copies stand."""
-        return 0 if self._parameters is None else self._parameters.aside
+    def aside(self) -> "Sequence[Tensor]":
+        """The base's own weights, in whose places the copies stand."""
+        return () if self._parameters is None else self._parameters.aside
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
         """Put the copies in place and return them by component.

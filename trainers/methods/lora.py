@@ -66,6 +66,7 @@ class Lora(LowRankMethod):
 
     Options = LoraOptions
     kind = "lora"
+    companions = ("token",)
     options: LoraOptions
 
     def __init__(self) -> None:
@@ -92,15 +93,23 @@ class Lora(LowRankMethod):
         return f"the start '{options.init}' {needs[options.init]}, which quantised ones do not have"
 
     @classmethod
+    def refuses_start(cls, options: Any) -> str | None:
+        """Return which other start is asked for, or what a file cannot give back."""
+        assert isinstance(options, LoraOptions)
+        if options.init != "default":
+            return f"the start '{options.init}' sets the matrices, too. Give one of the two."
+        if options.moslora:
+            return "files hold moslora's mixer folded in, which none can take out again. Leave moslora out."
+        return None
+
+    @classmethod
     def check_captions(cls, pipe: "DiffusionPipeline", spec: TrainSpec, captions: Sequence[str]) -> None:
-        """Check that the captions can be read whole and that one of them names the token, if there is one."""
+        """Check that one of the captions names the token, if there is one."""
         from studio.trainers.learned_tokens import check_captions
 
         assert isinstance(spec.options, LoraOptions)
         if spec.options.token:
-            check_captions(pipe, spec.options, captions)
-        else:
-            super().check_captions(pipe, spec, captions)
+            check_captions(pipe, spec.options, captions, max_tokens=spec.max_token_length)
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> "Sequence[ParameterGroup]":
         """Add the layers and the token and return what is trained.

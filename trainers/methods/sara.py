@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -48,7 +49,8 @@ class SaraOptions(Options):
     rank_weight: float = Field(
         5e-4,
         ge=0,
-        description="Weight (lambda) of the nuclear norm, which keeps the change's rank low; 0: off.",
+        description="Weight (lambda) of the nuclear norm of linear layers and convolutions, which keeps the "
+        "change's rank low; 0: off.",
     )
     rank_term_on: Literal["parameter", "delta"] = Field(
         "parameter", description="What the nuclear norm is of: the trained entries (SaRA) or their change."
@@ -94,8 +96,15 @@ class Sara(Trainer):
     def __init__(self) -> None:
         self._parts: list[SparseParameters] = []
         self._rank_term: RankTerm | None = None
+        # SparseAdamW sees itself that its vectors have changed.
+        self._start_anew: Callable[[], None] | None = None
         self._steps = self._reselect_at = 0
         self._metadata: dict[str, str] = {}
+
+    @property
+    def aside(self) -> "Sequence[Tensor]":
+        """Where the entries are and what they were."""
+        return [value for part in self._parts for value in part.aside]
 
     @classmethod
     def learning_rate(cls, spec: TrainSpec) -> float:
@@ -124,7 +133,7 @@ class Sara(Trainer):
         self._steps = spec.steps
         self._reselect_at = self._when_to_reselect(spec.steps, options)
         self._parts = _select(pipe, options, seed=spec.seed)
-        self._rank_term = _rank_term(self._parts, options, seed=spec.seed)
+        self._rank_term = _rank_term(pipe, self._parts, options, seed=spec.seed)
         self._metadata = {
             "studio.sara": json.dumps(
                 {
@@ -151,19 +160,30 @@ class Sara(Trainer):
         ]
 
     def optimizer(
-        self, groups: Sequence[ParameterGroup], *, name: str = "adamw", weight_decay: float
+        self,
+        groups: Sequence[ParameterGroup],
+        *,
+        name: str = "adamw",
+        weight_decay: float,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> "torch.optim.Optimizer":
-        """Return AdamW on the selected entries, which writes them into the weights.
+        """Return what updates the selected entries and writes them into the weights; AdamW does so at once.
 
         Raises:
-            TrainingError: If another optimizer is asked for.
+            TrainingError: If the optimizer of this name is not installed, cannot work with these groups, or
+                does not take one of the options.
         """
-        from studio.trainers.sparse_optimizer import SparseAdamW
+        from studio.trainers.optimizers import check_options
+        from studio.trainers.sparse_optimizer import SparseAdamW, write_each_step
 
-        if name != "adamw":
-            raise TrainingError(f"sara has its own AdamW, got optimizer '{name}'. Leave optimizer out.")
-        rates = [group.learning_rate for group in groups]
-        return SparseAdamW(self._parts, learning_rates=rates, weight_decay=weight_decay)
+        # Of AdamW, too, which judges the options' values as torch's does.
+        optimizer = super().optimizer(groups, name=name, weight_decay=weight_decay, options=options)
+        if name == "adamw":
+            check_options(name, SparseAdamW, options)
+            rates = [group.learning_rate for group in groups]
+            return SparseAdamW(self._parts, learning_rates=rates, weight_decay=weight_decay, **options)
+        self._start_anew = write_each_step(optimizer, self._parts)
+        return optimizer
 
     def state(self) -> "Mapping[str, Tensor]":
         """Return what the parts know of entries that are no longer trained."""
@@ -184,12 +204,14 @@ class Sara(Trainer):
 
     def before_clipping(self, step: int) -> None:
         """Select anew where that is due, and add the rank term's gradient."""
-        due = self._reselect_at and step == self._reselect_at + 1
-        if due and not sum(part.narrow() for part in self._parts):
-            raise TrainingError(
-                f"after step {self._reselect_at} no entry would be selected any more, so nothing is left to "
-                "train. Lower learning_rate, or set reselect_at to 0."
-            )
+        if self._reselect_at and step == self._reselect_at + 1:
+            if not sum(part.narrow() for part in self._parts):
+                raise TrainingError(
+                    f"after step {self._reselect_at} no entry would be selected any more, so nothing is left "
+                    "to train. Lower learning_rate, or set reselect_at to 0."
+                )
+            if self._start_anew is not None:
+                self._start_anew()
         if self._rank_term is not None:
             self._rank_term.add_gradient(step)
 
@@ -256,13 +278,24 @@ def _select(pipe: "DiffusionPipeline", options: SaraOptions, *, seed: int) -> "l
     return parts
 
 
-def _rank_term(parts: "Sequence[SparseParameters]", options: SaraOptions, *, seed: int) -> "RankTerm | None":
+def _rank_term(
+    pipe: "DiffusionPipeline", parts: "Sequence[SparseParameters]", options: SaraOptions, *, seed: int
+) -> "RankTerm | None":
+    from torch import nn
+
+    from studio.adapters.parameters import components_of
     from studio.trainers.nuclear_norm import LEAST_SIDE, RankTerm
 
     if not options.rank_weight:
         return None
+    modules = (module for component in components_of(pipe).values() for module in component.modules())
     term = RankTerm(
-        parts, weight=options.rank_weight, of=options.rank_term_on, every=options.rank_every, seed=seed
+        parts,
+        weight=options.rank_weight,
+        of=options.rank_term_on,
+        every=options.rank_every,
+        seed=seed,
+        tables=[module.weight for module in modules if isinstance(module, nn.Embedding)],
     )
     if not len(term):
         raise TrainingError(

@@ -45,11 +45,11 @@ class TextualInversion(Trainer):
 
     @classmethod
     def check_captions(cls, pipe: "DiffusionPipeline", spec: TrainSpec, captions: Sequence[str]) -> None:
-        """Check that the captions can be read whole and that one of them names the token."""
+        """Check that one of the captions names the token."""
         from studio.trainers.learned_tokens import check_captions
 
         assert isinstance(spec.options, TextualInversionOptions)
-        check_captions(pipe, spec.options, captions)
+        check_captions(pipe, spec.options, captions, max_tokens=spec.max_token_length)
 
     def prepare(self, pipe: "DiffusionPipeline", spec: TrainSpec) -> Sequence[ParameterGroup]:
         """Add the token and return its embeddings by component.
