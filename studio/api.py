@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.adapters.files import load_adapter, save_adapter
+from studio.adapters.metadata import now
 from studio.bases import base_to_train, cached_base
 from studio.batches.drawing import draw_wanted, missing
 from studio.batches.lines import Line, wanted_pictures
@@ -16,26 +16,23 @@ from studio.batches.run import draw_batch, draw_grid, written
 from studio.composition.engine import compose
 from studio.drawing import Result, check_writable, draw_all, picture_paths
 from studio.errors import SpecError, UsageError
-from studio.generation import Settings, Stopped, draw, quiet, solver
+from studio.generation import Stopped, quiet
 from studio.models.base import load_base
-from studio.models.device import resolve_device
-from studio.models.prompt_encoding import reading_prompts
+from studio.models.device import free_memory, resolve_device
 from studio.prompt_settings import settled
+from studio.samples import draw_samples
 from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec
 from studio.specs.events import silent
 from studio.trainers import loop
 from studio.trainers.outputs import part_paths, save_trained
 from studio.trainers.processes import join
 from studio.trainers.run_folder import RunFolder
+from studio.trainers.shortage import shortage_told
 from studio.workspace import workspace
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from PIL.Image import Image
-
     from studio.adapters.adapter import Adapter
     from studio.specs.execution import Attention, Offload, Quantization
-    from studio.trainers.job import SampleFunction
 
 __all__ = [
     "Result",
@@ -92,15 +89,17 @@ def train(
         DataError: If the pictures cannot be used.
         BaseModelError: If the base cannot be loaded.
         TrainingError: If the run cannot start or go on.
+        MemoryShortage: If the memory is not enough; says what takes less, and which checkpoint is kept.
     """
-    start = time.monotonic()
-    processes = join(resolve_device(spec.device))
-    with processes.together():
+    start, started = time.monotonic(), now()
+    device = resolve_device(spec.device)
+    processes = join(device)
+    with processes.together(), shortage_told(spec, device):
         parts = part_paths(spec.output, spec)
         for path in (spec.output, *parts.values()):
             check_writable(path, overwrite=spec.may_replace)
-        pipe = base_to_train(spec, processes)
-    tell = on_event or silent
+        tell = on_event or silent
+        pipe = base_to_train(spec, processes, tell)
     losses: list[float] = []
     stops: list[bool] = []
 
@@ -117,14 +116,18 @@ def train(
     if spec.cache == "disk" and spec.cache_folder is None:
         spec = spec.model_copy(update={"cache_folder": workspace().encoded})
     with quiet(pipe):
-        adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=_sampler(spec))
+        adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=draw_samples)
+    free_memory()
     with processes.together():
         stopped = processes.any(bool(stops))
         seconds = time.monotonic() - start
         if processes.main:
+            files = save_trained(
+                adapter, spec.output, spec, base=pipe, started=started, overwrite=spec.may_replace
+            )
             events = [
-                Event(kind="saved", path=path, message=f"wrote {path}")
-                for path in save_trained(adapter, spec.output, spec, base=pipe, overwrite=spec.may_replace)
+                Event(kind="saved", path=path, part=part, message=f"wrote {path}")
+                for part, path in files.items()
             ]
             values = {"seconds": seconds} | ({"loss": losses[-1]} if losses else {})
             for event in (*events, Event(kind="finished", path=spec.output, values=values)):
@@ -180,6 +183,7 @@ def generate_batch(
     width: int | None = None,
     height: int | None = None,
     scheduler: str = "default",
+    clip_skip: int = 1,
     precision: str = "auto",
     device: str = "auto",
     attention: "Attention" = "auto",
@@ -211,6 +215,7 @@ def generate_batch(
         width: Pixels; None for the base's own.
         height: Pixels; None for the base's own.
         scheduler: Solver.
+        clip_skip: Layer of the text encoder whose output is used, counted from the end.
         precision: Number type.
         device: Where to draw.
         attention: How attention is computed.
@@ -245,6 +250,7 @@ def generate_batch(
         "width": width,
         "height": height,
         "scheduler": scheduler,
+        "clip_skip": clip_skip,
         "precision": precision,
         "device": device,
         "attention": attention,
@@ -264,24 +270,6 @@ def generate_batch(
         return (result for _, result in found)
     todo = missing(wanted, overwrite=overwrite)
     return written(todo, Manifest(Path(output)), batch_size=batch_size, tell=on_event or silent)
-
-
-def _sampler(spec: TrainSpec) -> "SampleFunction":
-    """Return what draws a training run's samples and class pictures: the same way as `generate` draws."""
-    settings = Settings(steps=spec.sample_steps, width=spec.resolution, height=spec.resolution)
-
-    def sample(
-        pipe: "DiffusionPipeline", adapter: "Adapter | None", prompts: Sequence[str], seeds: Sequence[int]
-    ) -> "list[Image]":
-        with ExitStack() as stack:
-            stack.enter_context(solver(pipe, "default"))
-            # As captions are read: no character of them means anything else.
-            stack.enter_context(reading_prompts(pipe, raw=True))
-            if adapter is not None:
-                stack.enter_context(compose(pipe, {"adapter": adapter}))
-            return draw(pipe, prompts, seeds, settings=settings)
-
-    return sample
 
 
 def warm(base: str, *, device: str = "auto", precision: str = "auto") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from studio import __version__
 from studio.commands import INTERRUPTED, NAMES, command, say
-from studio.errors import StudioError, UsageError
+from studio.errors import StudioError, UsageError, memory_shortage
 from studio.flags import Parser
 from studio.registry import nearest
 
@@ -36,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 1
+    except Exception as error:
+        if (what := memory_shortage(error)) is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        say(f"error: {what}. Ask for less at once, or close other programs.")
         return 1
 
 

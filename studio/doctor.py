@@ -162,7 +162,7 @@ def _folders() -> Iterator[Finding]:
         "free disk",
         _size(free),
         "warn" if low else "ok",
-        "free some space: a downloaded base model takes 2 to 7 GB" if low else "",
+        "free some space: a downloaded base model takes 2 to 7 GB, for the CPU twice that" if low else "",
     )
 
 

@@ -11,7 +11,14 @@ from studio.bases import base_to_draw, execution
 from studio.composing.planning import load_adapters, weights_of
 from studio.composition.cost import Cost, PictureCost
 from studio.composition.engine import Composition, compose
-from studio.errors import OutputError
+from studio.errors import (
+    AdapterError,
+    CompositionError,
+    OutputError,
+    StudioError,
+    UsageError,
+    memory_told,
+)
 from studio.generation import Settings, batches, draw, num_chunks, quiet, solver
 from studio.models.prompt_encoding import reading_prompts
 from studio.png import infotext, write_png
@@ -21,6 +28,13 @@ from studio.specs import Event, GenerateSpec, OnEvent
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+
+_LESS_MEMORY = (
+    "Less is taken with a lower batch_size, width or height, with vae_tiling, offload, or quantize_base; see "
+    "docs/memory.md."
+)
+_OF_PICTURES = (AdapterError, CompositionError, UsageError)
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ def draw_all(
     paths: Sequence[Path],
     tell: OnEvent,
     stop: Callable[[], bool] | None = None,
+    failed: Callable[[Sequence[int], StudioError], None] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Yield each specification's place and picture, written if there are paths.
 
@@ -69,42 +84,59 @@ def draw_all(
         paths: One for each, or none.
         tell: Told of denoising steps and of each written picture.
         stop: Asked between denoising steps.
+        failed: Told of the places of what its adapters, composition or prompts do not let be drawn, and why;
+            the others are drawn unless it raises. By default that is raised.
 
     Raises:
+        MemoryShortage: If the memory is not enough.
         Stopped: If told to.
     """
     if not specs:
         return
     first = specs[0]
-    settings = Settings(first.negative_prompt, first.steps, first.guidance_scale, first.width, first.height)
+    settings = Settings.of(first)
     total = first.steps * len(specs)
     with ExitStack() as stack:
-        pipe = base_to_draw(first)
+        stack.enter_context(memory_told(_LESS_MEMORY))
+        pipe = base_to_draw(first, tell)
         stack.enter_context(quiet(pipe))
         sampler = stack.enter_context(solver(pipe, first.scheduler))
-        # Before composing: inside, the fingerprint would be that of the composed weights.
-        facts = facts_of(pipe, first, sampler=sampler)
-        for line in differences(first, facts):
-            tell(Event(kind="message", message=line))
-        stack.enter_context(execution(pipe, first))
-        # Around composing, which encodes further prompts the same way.
-        reader = stack.enter_context(reading_prompts(pipe, raw=first.raw_prompt))
-        costs = PictureCost(pipe, stack.enter_context(composed(pipe, first)))
-        lengths = [num_chunks(reader, spec.prompt, settings) for spec in specs]
+        try:
+            # Before composing: inside, the fingerprint would be that of the composed weights.
+            facts = facts_of(pipe, first, sampler=sampler)
+            for line in differences(first, facts):
+                tell(Event(kind="message", message=line))
+            stack.enter_context(execution(pipe, first))
+            # Around composing, which encodes further prompts the same way.
+            reader = stack.enter_context(reading_prompts(pipe, raw=first.raw_prompt))
+            costs = PictureCost(pipe, stack.enter_context(composed(pipe, first)))
+            lengths = [num_chunks(reader, spec.prompt, settings) for spec in specs]
+        except _OF_PICTURES as error:
+            if failed is None:
+                raise
+            failed(range(len(specs)), error)
+            return
         done = 0
         for places in batches(lengths, batch_size):
 
             def report(step: int, done: int = done, size: int = len(places)) -> None:
                 tell(Event(kind="progress", step=first.steps * done + step * size, total=total))
 
-            images = draw(
-                pipe,
-                [specs[place].prompt for place in places],
-                [specs[place].seed for place in places],
-                settings=settings,
-                on_step=report,
-                stop=stop,
-            )
+            try:
+                images = draw(
+                    pipe,
+                    [specs[place].prompt for place in places],
+                    [specs[place].seed for place in places],
+                    settings=settings,
+                    on_step=report,
+                    stop=stop,
+                )
+            except _OF_PICTURES as error:
+                if failed is None:
+                    raise
+                failed(places, error)
+                costs.leave_out()
+                continue
             cost = costs.take(len(images), height=images[0].height, width=images[0].width)
             for place, image in zip(places, images, strict=True):
                 spec, path = specs[place], paths[place] if paths else None

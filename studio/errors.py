@@ -3,7 +3,9 @@
 A message says what happened, what was got, what was wanted and the way out.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class StudioError(Exception):
@@ -56,3 +58,52 @@ class TrainingError(StudioError):
 
 class OutputError(StudioError):
     """A result cannot be written."""
+
+
+class MemoryShortage(StudioError):
+    """The memory of the GPU or of the machine is not enough."""
+
+
+_SHORTAGE = re.compile(
+    r"out of memory|not enough memory|(can't|cannot) allocate memory|_ALLOC_FAILED", re.IGNORECASE
+)
+_ON_GPU = re.compile(r"cuda|cublas|cudnn|\bhip\b|\bmps\b|\bxpu\b")
+_ASKED = re.compile(r"allocate ([\d.]+) (\w+)")
+
+
+def memory_shortage(error: BaseException | None) -> str | None:
+    """Return what to say of an error that memory which was not enough has caused, None of others.
+
+    PyTorch has an error of its own for CUDA only; elsewhere, and in libraries, the text alone tells.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError) or (
+            not isinstance(error, StudioError) and _SHORTAGE.search(text) is not None
+        ):
+            whose = "the GPU's" if _ON_GPU.search(text.lower()) else "the machine's"
+            if (asked := _ASKED.search(text)) is None:
+                return f"{whose} memory is not enough"
+            number, unit = asked.groups()
+            more = f"{int(number) / 2**30:.3g} GiB" if unit == "bytes" else f"{number} {unit}"
+            return f"{whose} memory is not enough: {more} more were asked for"
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def memory_told(way_out: str) -> Iterator[None]:
+    """Put one message in the place of an error that too little memory raises in a block.
+
+    Args:
+        way_out: Sentences that say what takes less.
+
+    Raises:
+        MemoryShortage: In its place.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (what := memory_shortage(error)) is None:
+            raise
+        raise MemoryShortage(f"{what}. {way_out}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from studio.models.schedulers import make_scheduler
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from studio.models.prompt_encoding import PromptEncoder
+    from studio.specs.drawing import Rendering
 
 
 class Stopped(Exception):
@@ -35,6 +36,11 @@ class Settings:
     guidance_scale: float = 5.0
     width: int | None = None
     height: int | None = None
+
+    @classmethod
+    def of(cls, spec: "Rendering") -> Self:
+        """Return those that a specification names."""
+        return cls(spec.negative_prompt, spec.steps, spec.guidance_scale, spec.width, spec.height)
 
 
 def draw(
@@ -65,6 +71,8 @@ def draw(
     """
     import torch
 
+    from studio.models.execution import decoding
+
     def after_step(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step:
             on_step(min(index + 1, settings.steps))
@@ -72,17 +80,27 @@ def draw(
             raise Stopped
         return values
 
-    drawn = pipe(
-        prompt=list(prompts),
-        negative_prompt=[settings.negative_prompt] * len(prompts),
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        width=settings.width,
-        height=settings.height,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        callback_on_step_end=after_step,
-    )
+    width, height = _size(pipe, settings)
+    with decoding(pipe):
+        drawn = pipe(
+            prompt=list(prompts),
+            negative_prompt=[settings.negative_prompt] * len(prompts),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            width=width,
+            height=height,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+        )
     return list(drawn.images)
+
+
+def _size(pipe: "DiffusionPipeline", settings: Settings) -> tuple[int | None, int | None]:
+    """Return width and height in pixels, both or neither: diffusers' pipelines leave a single one out."""
+    if settings.width is None and settings.height is None:
+        return None, None
+    own: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return settings.width or own, settings.height or own
 
 
 def num_chunks(reader: "PromptEncoder", prompt: str, settings: Settings) -> int:

@@ -46,7 +46,8 @@ class EmbeddingFile:
 
     Attributes:
         token: By which a prompt names it.
-        file_hash: SHA-256 of the whole file, by which other programs look embeddings up, hexadecimal.
+        file_hash: SHA-256 of the whole file, by which other programs look embeddings up, hexadecimal; empty
+            where it is not written.
     """
 
     token: str
@@ -63,7 +64,8 @@ class Facts:
         sampler: Class of the solver that ran.
         model: Name of the base model.
         model_hash: Fingerprint of the base model, hexadecimal.
-        adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order.
+        adapter_hashes: SHA-256 of each adapter's tensors by its name, hexadecimal, in the adapters' order;
+            empty where its file is not written.
         embeddings: Of the adapters those that are embeddings, by path as in the specification.
         version: Of this program.
         macs: Multiply-accumulates of the denoiser for this picture, where they are not the base's alone.
@@ -97,7 +99,7 @@ def infotext(spec: GenerateSpec, facts: Facts) -> str:
     named = [
         found
         for found in facts.embeddings.values()
-        if found.token in f"{spec.prompt}\n{spec.negative_prompt}"
+        if found.file_hash and found.token in f"{spec.prompt}\n{spec.negative_prompt}"
     ]
     lines = [" ".join([prompt, *(f"<lora:{use.path.stem}:{use.weight:g}>" for use in uses)])]
     if negative:
@@ -110,7 +112,8 @@ def infotext(spec: GenerateSpec, facts: Facts) -> str:
         "Size": f"{facts.width}x{facts.height}",
         "Model hash": facts.model_hash[:10],
         "Model": facts.model,
-        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in lora_hashes),
+        "Clip skip": spec.clip_skip if spec.clip_skip > 1 else "",
+        "Lora hashes": ", ".join(f"{name}: {digest[:12]}" for name, digest in lora_hashes if digest),
         "TI hashes": ", ".join(f"{found.token}: {found.file_hash[:12]}" for found in named),
         "Version": f"diffusion-studio {facts.version}",
     }

@@ -90,6 +90,7 @@ class Worker:
                     message = "Interrupted: the page was closed. Saved files are kept; retry it."
                     self.store.interrupt(job.id, message, self.name)
                 self.store.finish(job.id, self.name)
+        _free_memory()
         log.info("job %d: %s", job.id, self.store.get(job.id).state)
 
     def _run(self, job: Job, *, stop: Callable[[], bool]) -> None:
@@ -124,6 +125,13 @@ def _carry_out(kind: Kind) -> Callable[..., Any]:
     from studio import api
 
     return api.train if kind == "train" else api.generate
+
+
+def _free_memory() -> None:
+    """Let the next job have what this one held; importing torch takes seconds."""
+    from studio.models.device import free_memory
+
+    free_memory()
 
 
 class _Watch:

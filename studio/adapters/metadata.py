@@ -36,20 +36,30 @@ _LYCORIS: Mapping[str, Mapping[str, str]] = {
 _LEGACY_OFFSET, _LEGACY_BYTES = 0x100000, 0x10000
 
 
-def timestamp() -> str:
-    """Return the time in ISO 8601, UTC; SOURCE_DATE_EPOCH stands in for the clock where it is set.
+def now() -> float:
+    """Return the time in seconds since 1970; SOURCE_DATE_EPOCH stands in for the clock where it is set.
 
     Raises:
         OutputError: If SOURCE_DATE_EPOCH is not a number of seconds.
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
-        moment = datetime.fromtimestamp(time.time() if given is None else int(given), UTC)
+        seconds = time.time() if given is None else float(int(given))
+        datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
         raise OutputError(
             f"SOURCE_DATE_EPOCH must be a number of seconds, got '{given}'. Correct or unset it."
         ) from None
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return seconds
+
+
+def timestamp() -> str:
+    """Return the same time in ISO 8601, UTC.
+
+    Raises:
+        OutputError: If SOURCE_DATE_EPOCH is not a number of seconds.
+    """
+    return datetime.fromtimestamp(now(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def describe(

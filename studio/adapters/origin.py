@@ -9,13 +9,18 @@ from studio.errors import AdapterError
 from studio.models.fingerprint import fingerprint
 
 _KEY = "studio.base"
-# A base may be used in another type than it was trained in, and rounding changes the values that name it.
-_ROUNDED = {torch.float16: f"{_KEY}.fp16", torch.bfloat16: f"{_KEY}.bf16"}
+# A base may be used in another type than it was trained in, and rounding changes the values that name it;
+# ``load_base`` comes to bf16 by way of fp16.
+_ROUNDED = {
+    f"{_KEY}.fp16": (torch.float16,),
+    f"{_KEY}.bf16": (torch.bfloat16,),
+    f"{_KEY}.fp16.bf16": (torch.float16, torch.bfloat16),
+}
 
 
 def origin_facts(pipe: Any) -> dict[str, str]:
-    """Return metadata that names a base: its fingerprint as it is, and in each of the 16-bit types."""
-    rounded = {key: fingerprint(pipe, dtype=dtype) for dtype, key in _ROUNDED.items()}
+    """Return metadata that names a base: its fingerprint as it is, and rounded in the ways that are usual."""
+    rounded = {key: fingerprint(pipe, dtypes=dtypes) for key, dtypes in _ROUNDED.items()}
     return {_KEY: fingerprint(pipe), **rounded}
 
 
@@ -25,7 +30,7 @@ def check_origin(metadata: Mapping[str, str], pipe: Any, *, file: str) -> None:
     Raises:
         AdapterError: If the base is another one; says how to use the file all the same.
     """
-    known = {metadata[key] for key in (_KEY, *_ROUNDED.values()) if key in metadata}
+    known = {metadata[key] for key in (_KEY, *_ROUNDED) if key in metadata}
     own = origin_facts(pipe)
     if not known or known & set(own.values()):
         return

@@ -10,14 +10,20 @@ from torch import Tensor
 FREE_SHARE = 0.25
 
 
-def spare_memory(device: torch.device) -> int:
-    """Return how many bytes of a device can be filled so that its share for activations stays free."""
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Return how many bytes of a device can be filled, and how many it has."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-    else:
-        # MPS has the machine's own memory.
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
+        # What PyTorch holds ready for its next tensors counts as used there.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    # MPS has the machine's own memory.
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def spare_memory(device: torch.device) -> int:
+    """Return how many bytes of a device can be filled so that its share for activations stays free."""
+    free, total = free_memory(device)
     return max(0, int(free - FREE_SHARE * total))
 
 

@@ -46,7 +46,7 @@ def probe(spec: ProbeSpec, *, on_event: OnEvent | None = None) -> ProbeReport:
 
     Args:
         spec: What to measure, and how.
-        on_event: Told of progress in denoising steps.
+        on_event: Told of progress in denoising steps, and before files are downloaded.
 
     Raises:
         OutputError: If the table exists and may not be replaced, or cannot be written.
@@ -61,7 +61,7 @@ def probe(spec: ProbeSpec, *, on_event: OnEvent | None = None) -> ProbeReport:
         raise OutputError(
             f"cannot make the folder {spec.output}: {error.strerror}. Choose another with --output."
         ) from None
-    pipe = load_base(spec.base, device=spec.device, precision=spec.precision)
+    pipe = load_base(spec.base, device=spec.device, precision=spec.precision, on_event=on_event)
     judged = spec.base in STARTERS if spec.evaluator is None else spec.evaluator
     pairs = prompt_pairs(spec.pairs, words=STARTER_WORDS if judged else COMMON_WORDS, seed=spec.seed)
     for prompt in dict.fromkeys(scene.prompt for pair in pairs for scene in (pair.own, pair.other)):

@@ -21,6 +21,7 @@ NAMES = (
     "demo",
     "inspect",
     "convert",
+    "kohya",
     "merge",
     "zip",
     "probe",

@@ -56,7 +56,8 @@ class Samples:
         pictures: What to train on, each with its treatment.
         seed: Of all that is drawn.
         buckets: Sizes that the pictures are brought to.
-        num_timesteps: Length of the noise schedule.
+        num_timesteps: Length of the noise schedule, or of as much of it as is drawn from.
+        first_timestep: The least that is drawn.
         group: Samples of one optimizer step, which are all of one size.
         stream: Courses of different names draw unrelated random numbers.
         noise_offset: Deviation of a number added to all noise of a channel, which lets a model learn to draw
@@ -64,6 +65,7 @@ class Samples:
 
     Attributes:
         group: Samples of one optimizer step.
+        largest: The largest size that pictures are brought to.
 
     Raises:
         DataError: If a picture fits no bucket.
@@ -76,6 +78,7 @@ class Samples:
         seed: int,
         buckets: Buckets,
         num_timesteps: int,
+        first_timestep: int = 0,
         group: int = 1,
         stream: str = "",
         noise_offset: float = 0.0,
@@ -85,9 +88,10 @@ class Samples:
         self.pictures: Sequence[Picture] = pictures.pictures
         self._epoch_size = pictures.epoch_size
         self._seed = seed
-        self._num_timesteps = num_timesteps
+        self._timesteps = first_timestep, num_timesteps
         self._stream = stream
         members = buckets.assign(self.pictures)
+        self.largest: Size = max(members, key=lambda size: size[0] * size[1])
         self._order = Order(members, group=group, generator=self._generator)
 
     @property
@@ -117,7 +121,7 @@ class Samples:
         dropped, flipped, along = (
             float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(3)
         )
-        timestep = int(torch.randint(self._num_timesteps, (), generator=generator))
+        timestep = int(torch.randint(*self._timesteps, (), generator=generator))
         caption = draw_caption(picture, self._generator(epoch, index, "caption"))
         return Sample(
             index=index,

@@ -105,6 +105,13 @@ class PictureSet:
         """How many samples an epoch has: the pictures with their repeats."""
         return sum(picture.repeats for picture in self.pictures)
 
+    def by_folder(self) -> dict[tuple[str, int], list[Picture]]:
+        """Return the pictures by the name of their folder and how many times an epoch holds each."""
+        folders: dict[tuple[str, int], list[Picture]] = {}
+        for picture in self.pictures:
+            folders.setdefault((picture.path.parent.name, picture.repeats), []).append(picture)
+        return folders
+
     def fixed(self) -> "PictureSet":
         """Return the set as it is measured on: each picture once, nothing left to chance."""
         return replace(

@@ -49,6 +49,7 @@ def report(data: DataSet, spec: TrainSpec, *, buckets: Buckets, processes: int =
     if data.validation is not None:
         held = len(data.validation.pictures)
         lines.append(f"Held out: {count(held, 'picture')} of {data.validation.folder}")
+    lines += _particulars(spec)
     return "\n".join(lines + [f"Warning: {text}" for text in warnings_of(pictures, spec, buckets=buckets)])
 
 
@@ -70,6 +71,19 @@ def warnings_of(pictures: PictureSet, spec: TrainSpec, *, buckets: Buckets) -> l
     return found
 
 
+def _particulars(spec: TrainSpec) -> list[str]:
+    """Return a line on each thing that most runs do in one way, where this one does it in another."""
+    found = []
+    if spec.start_from is not None:
+        found.append(f"Start: {spec.start_from}")
+    if spec.clip_skip > 1:
+        found.append(f"Clip skip: {spec.clip_skip}, in samples too; draw with the same")
+    if spec.min_timestep is not None or spec.max_timestep is not None:
+        end = "" if spec.max_timestep is None else f" up to {spec.max_timestep - 1}"
+        found.append(f"Timesteps: from {spec.min_timestep or 0}{end}")
+    return found
+
+
 def _enlarged(picture: Picture, buckets: Buckets) -> bool:
     return any(side < wanted for side, wanted in zip(picture.size, buckets.fit(picture), strict=True))
 
@@ -78,11 +92,7 @@ def _repeats(pictures: PictureSet) -> list[str]:
     """Return a line on repeats where there are any: pictures and repeats of each folder."""
     if pictures.epoch_size == len(pictures.pictures):
         return []
-    folders: dict[tuple[str, int], int] = {}
-    for picture in pictures.pictures:
-        key = (picture.path.parent.name, picture.repeats)
-        folders[key] = folders.get(key, 0) + 1
-    parts = [f"{name} {number} x {repeats}" for (name, repeats), number in folders.items()]
+    parts = [f"{name} {len(found)} x {repeats}" for (name, repeats), found in pictures.by_folder().items()]
     return [f"Repeats: {', '.join(parts)} = {pictures.epoch_size} samples an epoch"]
 
 

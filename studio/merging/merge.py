@@ -62,7 +62,7 @@ def merge(spec: MergeSpec, *, on_event: OnEvent | None = None) -> MergeResult:
     """
     tell = on_event or silent
     _check_outputs(spec)
-    pipe = load_base(spec.base, device="cpu", precision="fp32") if spec.base else None
+    pipe = load_base(spec.base, device="cpu", precision="fp32", on_event=tell) if spec.base else None
     names = adapter_names(spec.adapters)
     uses = dict(zip(names, spec.adapters, strict=True))
     adapters = {

@@ -16,7 +16,7 @@ from studio.specs import AdapterUse, Event, OnEvent
 
 # What a file says of its base; kept where no adapter says otherwise.
 _OF_BASE = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "modelspec.prediction_type",
-            "studio.base", "studio.base.fp16", "studio.base.bf16")  # fmt: skip
+            "studio.base", "studio.base.fp16", "studio.base.bf16", "studio.base.fp16.bf16")  # fmt: skip
 _TRIGGER = "modelspec.trigger_phrase"
 
 

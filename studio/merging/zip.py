@@ -38,16 +38,17 @@ from studio.errors import TrainingError
 from studio.generation import Settings, Stopped, draw, quiet
 from studio.merging.columns import Columns
 from studio.merging.outputs import described, inherited_facts, write_with_tokens
+from studio.models.gradients import GradientScale, frozen
 from studio.models.prompts import check_prompt
 from studio.registry import MERGERS
 from studio.specs import Event, OnEvent, ZipSpec
 from studio.specs.events import silent
-from studio.trainers.step import Batch, Latents, NoiseSchedule, Prompts
+from studio.trainers.borrow import converted
+from studio.trainers.prompts import Prompts
+from studio.trainers.step import Batch, Latents, NoiseSchedule
 
 CONTENT, STYLE = "content", "style"
 _SIDES = (CONTENT, STYLE)
-# Keeps gradients of a 16-bit base off zero; a power of two changes no bit in fp32.
-_SCALE = 2.0**16
 
 Embedded = tuple[Tensor, Tensor | None]
 """Prompt embeddings, and for SDXL pooled ones."""
@@ -94,7 +95,7 @@ def zip_adapters(
     start = time.monotonic()
     tell, stop = on_event or silent, stop or (lambda: False)
     check_target(spec.output, overwrite=spec.overwrite)
-    pipe = cached_base(spec.base, spec.device, spec.precision)
+    pipe = cached_base(spec.base, spec.device, spec.precision, on_event=tell)
     uses = {CONTENT: spec.content, STYLE: spec.style}
     adapters = {
         side: load_adapter(use.path, base=pipe, name=side, any_base=spec.any_base)
@@ -155,36 +156,56 @@ class _Zipping:
         both = {side: self._embedded(_SIDES, self._prompts[side]) for side in _SIDES}
         optimizer = torch.optim.Adam(self._columns.parameters, lr=self._spec.learning_rate)
         losses: list[float] = []
-        with _frozen(self._pipe.unet, checkpointing=self._spec.gradient_checkpointing):
+        scale = GradientScale()
+        with (
+            frozen(self._pipe.unet),
+            _checkpointing(self._pipe.unet, self._spec.gradient_checkpointing),
+            # What pictures are encoded in; they are drawn by now, which takes the UNet's number type.
+            converted(self._pipe.vae, torch.float32),
+        ):
             while len(losses) < self._spec.steps and not stop():
-                optimizer.zero_grad()
                 content, style = (pictures[side].batch(len(losses), 1) for side in _SIDES)
                 # Both pictures at one timestep, with one noise, as in the authors' experiments.
                 style = replace(style, noise=content.noise, timesteps=content.timesteps)
-                parts = [
-                    self._learn(side, batch, alone[side], both[side])
-                    for side, batch in zip(_SIDES, (content, style), strict=True)
-                ]
-                losses.append(sum(parts) + self._finish(optimizer))
+                losses.append(self._step({CONTENT: content, STYLE: style}, alone, both, optimizer, scale))
                 values = {"loss": losses[-1], "overlap": self._columns.overlap()}
                 tell(Event(kind="progress", step=len(losses), total=self._spec.steps, values=values))
         return losses
 
-    def _learn(self, side: str, batch: Batch, alone: Embedded, both: Embedded) -> float:
-        """Add to the gradients those of one adapter's part of the loss; return that part."""
+    def _step(
+        self,
+        batches: Mapping[str, Batch],
+        alone: Mapping[str, Embedded],
+        both: Mapping[str, Embedded],
+        optimizer: torch.optim.Optimizer,
+        scale: GradientScale,
+    ) -> float:
+        """Learn from one picture of each adapter and return the loss."""
+        parts: list[float] = []
+
+        def learn(factor: float) -> list[Tensor | None]:
+            optimizer.zero_grad()
+            parts[:] = [self._learn(side, batches[side], alone[side], both[side], factor) for side in _SIDES]
+            return [parameter.grad for parameter in self._columns.parameters]
+
+        _, factor = scale.finite(learn)
+        return sum(parts) + self._finish(optimizer, factor)
+
+    def _learn(self, side: str, batch: Batch, alone: Embedded, both: Embedded, factor: float) -> float:
+        """Add to the gradients those of one adapter's part of the loss, times a factor; return that part."""
         with torch.no_grad(), self._columns.acting(side, zipped=False):
             wanted = self._predicted(batch, alone)
         # Checkpointing computes the forward pass again in the backward one.
         with torch.enable_grad(), self._columns.acting(*_SIDES, zipped=True):
             loss = (self._predicted(batch, both) - wanted).square().mean()
-            (loss * _SCALE).backward()
+            (loss * factor).backward()
         return float(loss.detach())
 
-    def _finish(self, optimizer: torch.optim.Optimizer) -> float:
+    def _finish(self, optimizer: torch.optim.Optimizer, factor: float) -> float:
         """Add the overlap's gradients, make the step and return the overlap's part of the loss."""
         for parameter in self._columns.parameters:
             if parameter.grad is not None:
-                parameter.grad /= _SCALE
+                parameter.grad /= factor
         overlap = self._spec.penalty * self._columns.penalty()
         if overlap.requires_grad:
             overlap.backward()
@@ -216,7 +237,8 @@ class _Zipping:
         weights = {side: self._weights[side] for side in spoken}
         with compose(self._pipe, spoken, weights=weights), torch.no_grad():
             check_prompt(self._pipe, prompt)
-            return Prompts(self._pipe)([prompt], self._pipe.unet.device)
+            embeddings, pooled, _ = Prompts(self._pipe)([prompt], self._pipe.unet.device)
+            return embeddings, pooled
 
     def _pictures(self, side: str, tell: OnEvent, stop: Callable[[], bool]) -> Latents:
         """Return the course of one adapter's pictures: those given, or what it draws alone."""
@@ -254,20 +276,16 @@ class _Zipping:
 
 
 @contextmanager
-def _frozen(unet: Any, *, checkpointing: bool) -> Iterator[None]:
-    """Keep gradients off a UNet's own parameters for a while; with checkpointing keep few activations."""
-    learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    before = bool(getattr(unet, "is_gradient_checkpointing", False))
-    unet.requires_grad_(False)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
+def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
+    """Keep few of a UNet's activations for a while."""
+    if not wanted or unet.is_gradient_checkpointing:
+        yield
+        return
+    unet.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        if checkpointing and not before:
-            unet.disable_gradient_checkpointing()
+        unet.disable_gradient_checkpointing()
 
 
 def _without_unet(adapter: Adapter) -> Adapter:

@@ -1,5 +1,6 @@
-"""Where a model runs and in which number type."""
+"""Where a model runs, in which number type, and what it leaves of memory to the next."""
 
+import gc
 from typing import Literal
 
 import torch
@@ -47,3 +48,19 @@ def resolve_dtype(precision: str = "auto", device: torch.device | str = "cpu") -
     if precision not in _DTYPES:
         raise UsageError(f"precision: unknown '{precision}'. Choose auto, fp32, fp16 or bf16.")
     return _DTYPES[precision]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a GPU computes in bf16 itself; some older ones imitate it, slowly."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def free_memory() -> None:
+    """Let go of what only reference cycles hold, and of the memory that PyTorch keeps ready on a GPU."""
+    gc.collect()
+    for device in (torch.cuda, torch.mps):
+        if device.is_available():
+            device.empty_cache()

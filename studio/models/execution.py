@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from studio.errors import UsageError
+from studio.models.shadow import shadowed
 from studio.specs.execution import Attention, Offload
 
 BACKEND: str | Callable[..., Any] = "inductor"
@@ -17,6 +20,9 @@ RECOMPILE_LIMIT = 64
 
 torch's own limit of 8 is reached by a UNet with samples in between, and beyond it blocks run uncompiled.
 """
+
+LARGEST_TILE = 512
+"""Pixels of a side."""
 
 
 def check_attention(kind: str, device: torch.device) -> None:
@@ -136,17 +142,37 @@ def offloaded(pipe: Any, kind: Offload, device: torch.device) -> Iterator[None]:
         yield
     finally:
         pipe.remove_all_hooks()
-        pipe.to("cpu")
+        pipe.to("cpu", silence_dtype_warnings=True)
 
 
 @contextmanager
 def tiled(vae: Any, wanted: bool = True) -> Iterator[None]:
-    """Have an autoencoder work tile by tile for the length of a block: less memory, seams are blended."""
+    """Have an autoencoder work tile by tile for the length of a block: less memory, seams are blended.
+
+    SDXL's own tile is a whole picture of 1024 pixels, which would save nothing there.
+    """
     if not wanted or vae.use_tiling:
         yield
         return
-    vae.enable_tiling()
-    try:
+    share = min(1.0, LARGEST_TILE / vae.tile_sample_min_size)
+    names = ("tile_sample_min_size", "tile_latent_min_size")
+    with shadowed(vae, {"use_tiling": True, **{name: int(share * getattr(vae, name)) for name in names}}):
         yield
-    finally:
-        vae.disable_tiling()
+
+
+@contextmanager
+def decoding(pipe: Any) -> Iterator[None]:
+    """Let a pipeline in fp16 decode as its autoencoder wants, SDXL's in fp32; in fp16 again afterwards.
+
+    diffusers casts the autoencoder there and back, warns of each, and leaves it there after an error.
+    """
+    vae = pipe.vae
+    if vae.dtype != torch.float16 or not hasattr(pipe, "upcast_vae"):
+        yield
+        return
+    cast = partial(nn.Module.to, vae)
+    with shadowed(vae, {"to": cast}), shadowed(pipe, {"upcast_vae": partial(cast, dtype=torch.float32)}):
+        try:
+            yield
+        finally:
+            cast(dtype=torch.float16)

@@ -53,10 +53,11 @@ class PromptEncoder:
     Args:
         pipe: The pipeline.
         raw: Take brackets, backslashes and BREAK as characters.
+        max_tokens: The most tokens of a prompt that are read, start and end not counted; None for all.
     """
 
-    def __init__(self, pipe: Any, *, raw: bool = False) -> None:
-        self._pipe, self._raw = pipe, raw
+    def __init__(self, pipe: Any, *, raw: bool = False, max_tokens: int | None = None) -> None:
+        self._pipe, self._raw, self._max_tokens = pipe, raw, max_tokens
         self._encode: Callable[..., Any] = pipe.encode_prompt
         self.__signature__ = inspect.signature(self._encode)
 
@@ -97,6 +98,10 @@ class PromptEncoder:
         sections = self.sections(prompt)
         return max(len(self._chunks(component, sections)) for component in text_encoders(self._pipe))
 
+    def num_tokens(self, prompt: str) -> int:
+        """Return how many tokens a prompt has, start and end not counted, whatever is read of it."""
+        return self._num_tokens(self.sections(prompt))
+
     def num_rows(self, prompt: str) -> int:
         """Return how many rows of its embedding stand before the padding of its last chunk."""
         component = next(iter(text_encoders(self._pipe)))
@@ -108,6 +113,13 @@ class PromptEncoder:
             len(sections) == 1
             and all(piece.weight == 1 for piece in sections[0])
             and all(len(self._chunks(component, sections)) == 1 for component in text_encoders(self._pipe))
+            and (self._max_tokens is None or self._num_tokens(sections) <= self._max_tokens)
+        )
+
+    def _num_tokens(self, sections: Sequence[Section]) -> int:
+        return max(
+            sum(map(len, self._tokens(tokenizer_of(self._pipe, component), sections)))
+            for component in text_encoders(self._pipe)
         )
 
     def _chunkwise(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -188,15 +200,20 @@ class PromptEncoder:
         size = tokens_read(self._pipe, component) - 2
         comma = _ids(self._pipe, tokenizer, ",")[-1]
         followers = _followers(tokenizer)
-        found = []
-        for section in sections:
-            tokens = [
-                (token, piece.weight)
-                for piece in section
-                for token in _ids(self._pipe, tokenizer, piece.text)
-            ]
+        found, room = [], self._max_tokens
+        for tokens in self._tokens(tokenizer, sections):
+            if room is not None:
+                tokens = tokens[: _whole(tokens, room, followers)]
+                room -= len(tokens)
             found += _cut(tokens, size, comma, followers)
         return found
+
+    def _tokens(self, tokenizer: Any, sections: Sequence[Section]) -> list[list[tuple[int, float]]]:
+        """Return the tokens of each section with their weights."""
+        return [
+            [(token, piece.weight) for piece in section for token in _ids(self._pipe, tokenizer, piece.text)]
+            for section in sections
+        ]
 
 
 class _Reader:
@@ -283,11 +300,17 @@ def _cut(
         ]
         if commas:
             end = commas[-1] + 1
-        while tokens[end][0] in followers and end > start + 1:
-            end -= 1
+        end = max(_whole(tokens, end, followers), start + 1)
         found.append(tokens[start:end])
         start = end
     return [
         Chunk(tuple(token for token, _ in part), tuple(weight for _, weight in part))
         for part in (*found, tokens[start:])
     ]
+
+
+def _whole(tokens: Sequence[tuple[int, float]], end: int, followers: frozenset[int]) -> int:
+    """Return the end of the tokens before a place without one whose further vectors lie behind it."""
+    while 0 < end < len(tokens) and tokens[end][0] in followers:
+        end -= 1
+    return min(end, len(tokens))

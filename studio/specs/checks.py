@@ -1,5 +1,6 @@
 """Checks that several specifications make of what they are given."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,27 @@ def ends_in(ending: str) -> AfterValidator:
         return path
 
     return AfterValidator(check)
+
+
+def read_value(name: str, value: Any) -> Any:
+    """Return a number, a truth value, a word, or a tuple of these, read from text where it is text.
+
+    Args:
+        name: What the user calls it.
+        value: As TOML, JSON, a flag or the page gives it.
+
+    Raises:
+        PydanticCustomError: If it is something else.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        words = {"true": True, "false": False}
+        try:
+            value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return text
+    if isinstance(value, list | tuple):
+        return tuple(read_value(name, entry) for entry in value)
+    if not isinstance(value, bool | int | float | str):
+        raise complete(f"{name} must be a number, true or false, a word, or a list of these, got {value!r}.")
+    return value

@@ -68,6 +68,21 @@ def read_uses(given: Any) -> Any:
     return tuple(AdapterUse.parse(str(item)) if isinstance(item, (str, Path)) else item for item in given)
 
 
+def refuse_same_file(uses: Sequence[AdapterUse]) -> None:
+    """Refuse that a file is given twice, also where its path is written in two ways.
+
+    Raises:
+        PydanticCustomError: If one is.
+    """
+    files: dict[Path, Path] = {}
+    for path in (use.path for use in uses):
+        file = path.resolve()
+        if file in files:
+            also = "" if files[file] == path else f", also as '{files[file]}'"
+            raise complete(f"'{path}' is given twice{also}. Leave one out; one weight can do what both did.")
+        files[file] = path
+
+
 def adapter_names(uses: Sequence[AdapterUse]) -> list[str]:
     """Return a name for each adapter: its own, or its file's stem, numbered where that is taken."""
     given = {use.name for use in uses}
@@ -205,9 +220,7 @@ class Ingredients(BaseModel):
     @field_validator("adapters")
     @classmethod
     def _once(cls, uses: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
-        paths = [use.path for use in uses]
-        if twice := [path for place, path in enumerate(paths) if path in paths[:place]]:
-            raise complete(f"'{twice[0]}' is given twice. Leave one out; one weight can do what both did.")
+        refuse_same_file(uses)
         names = adapter_names(uses)
         if twice_called := [name for place, name in enumerate(names) if name in names[:place]]:
             raise complete(f"two are called '{twice_called[0]}'. Give each a name of its own.")

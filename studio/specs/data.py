@@ -34,6 +34,12 @@ class DataSpec(MethodSpec):
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples trained without their caption."
     )
+    max_token_length: int | None = Field(
+        None,
+        ge=1,
+        description="Read at most so many tokens of a caption, such as 75, 150 or 225, and leave the rest "
+        "out; default: all. Each further 75 are encoded as a chunk of their own, as in prompts of drawing.",
+    )
     resolution: int | None = Field(
         None,
         ge=16,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from studio.specs.execution import Attention, Compile, Offload, Quantization
+from studio.specs.execution import Attention, ClipSkip, Compile, Offload, Quantization
 
 
 class Rendering(BaseModel):
@@ -33,6 +33,7 @@ class Rendering(BaseModel):
     scheduler: Literal["default", "ddim", "euler", "euler-ancestral", "dpm++2m", "heun", "pndm", "unipc"] = (
         Field("default", description="Solver; default: the base's own.")
     )
+    clip_skip: ClipSkip = 1
     batch_size: int = Field(1, ge=1, le=1024, description="Pictures drawn at once.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="Number type; auto: fp32 on the CPU, fp16 on a GPU."

@@ -17,6 +17,8 @@ class Event(BaseModel):
             log), ``finished`` (``values`` with the result).
         step: Steps done.
         total: Steps in all.
+        part: With ``saved``, which part of the adapter the file holds, by the method's word; empty: the
+            adapter's own file, which comes before those of its parts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +27,7 @@ class Event(BaseModel):
     step: int = 0
     total: int = 0
     path: Path | None = None
+    part: str = ""
     values: dict[str, float] = {}
 
 

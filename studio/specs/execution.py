@@ -1,9 +1,18 @@
-"""What a user may ask of how a base computes, in training and in drawing alike."""
+"""What a user may ask of how a base reads prompts and computes, in training and in drawing alike."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+ClipSkip = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=64,
+        description="Layer of the text encoder whose output is used, counted from the end: 1 is the last, 2 "
+        "the one before it, as many models that descend from SD 1.x want. SDXL takes no other than its own.",
+    ),
+]
 Attention = Annotated[
     Literal["auto", "sdpa", "xformers", "eager"],
     Field(

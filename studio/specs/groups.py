@@ -10,12 +10,12 @@ OTHERS = "other options"
 
 TRAINING: Groups = {
     "run": (
-        "data", "prompt", "base", "method", "output", "overwrite", "resume", "steps", "batch_size",
-        "learning_rate", "resolution", "seed",
+        "data", "prompt", "base", "method", "output", "overwrite", "resume", "start_from", "steps",
+        "batch_size", "learning_rate", "resolution", "seed",
     ),
     "captions": (
         "trigger", "caption_extension", "tag_separator", "shuffle_tags", "keep_tags", "tag_dropout",
-        "caption_dropout",
+        "caption_dropout", "max_token_length", "clip_skip",
     ),
     "pictures": (
         "buckets", "bucket_step", "bucket_min", "bucket_max", "bucket_upscale", "flip", "center_crop",
@@ -23,10 +23,13 @@ TRAINING: Groups = {
     ),
     "class pictures": ("class_prompts", "class_pictures", "class_data", "prior_weight"),
     "optimizer and schedule": (
-        "optimizer", "text_encoder_learning_rate", "schedule", "schedule_restarts", "schedule_power",
-        "warmup_steps", "weight_decay", "max_grad_norm", "gradient_accumulation", "ema_decay", "average_last",
+        "optimizer", "optimizer_options", "text_encoder_learning_rate", "schedule", "schedule_restarts",
+        "schedule_power", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_accumulation",
+        "ema_decay", "average_last",
     ),
-    "loss": ("loss", "huber_delta", "min_snr_gamma", "debiased", "noise_offset"),
+    "loss": (
+        "loss", "huber_delta", "min_snr_gamma", "debiased", "noise_offset", "min_timestep", "max_timestep",
+    ),
     "memory and speed": (
         "device", "precision", "gradient_checkpointing", "attention", "compile",
         "quantize_base", "offload_encoders", "cache", "cache_folder",
@@ -34,7 +37,8 @@ TRAINING: Groups = {
     "validation": ("validation_split", "validation_data", "validate_every", "patience"),
     "samples": ("sample_every", "sample_prompts", "sample_steps"),
     "saving": (
-        "format", "author", "save_every", "keep_adapters", "checkpoint_every", "keep_checkpoints", "tracker",
+        "format", "author", "metadata", "save_every", "keep_adapters", "checkpoint_every", "keep_checkpoints",
+        "tracker",
     ),
 }  # fmt: skip
 """Of training. A field that is named nowhere stands under ``OTHERS``, last."""

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from studio.registry import FORMATS, MERGERS
 from studio.specs.base import Options, complete
 from studio.specs.checks import ends_in, known_in
-from studio.specs.composition import AdapterUse, read_uses
+from studio.specs.composition import AdapterUse, read_uses, refuse_same_file
 
 
 class MergeOptions(Options):
@@ -93,3 +93,9 @@ class MergeSpec(MergeOptions):
     @classmethod
     def _parse_adapters(cls, given: Any) -> Any:
         return read_uses(given)
+
+    @field_validator("adapters")
+    @classmethod
+    def _once(cls, uses: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
+        refuse_same_file(uses)
+        return uses

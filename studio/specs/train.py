@@ -1,5 +1,6 @@
 """What a user may ask of training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -7,9 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from studio.registry import FORMATS, TRAINERS, Registry
 from studio.specs.base import complete
-from studio.specs.checks import ends_in, known_in
+from studio.specs.checks import ends_in, known_in, read_value
 from studio.specs.data import DataSpec
-from studio.specs.execution import Attention, Compile, Quantization
+from studio.specs.execution import Attention, ClipSkip, Compile, Quantization
 from studio.specs.groups import TRAINING, Groups
 
 
@@ -41,6 +42,11 @@ class TrainSpec(DataSpec):
         description="Go on from the newest checkpoint in the run folder beside the output, bit for bit as if "
         "the run had never ended; with overwrite too, start anew where there is none.",
     )
+    start_from: Annotated[Path | None, ends_in(".safetensors")] = Field(
+        None,
+        description="Adapter file to start from instead of from nothing, with an optimizer and a schedule "
+        "that begin anew: for lora, dora and b-lora, of the same rank and layers. resume goes on with a run.",
+    )
     steps: int = Field(300, ge=1, description="Optimizer steps.")
     batch_size: int = Field(2, ge=1, description="Pictures per forward pass of each process.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
@@ -68,6 +74,11 @@ class TrainSpec(DataSpec):
         description="What updates the parameters. adamw8bit (bitsandbytes) and adafactor take less memory; "
         "lion wants a lower learning rate; prodigy finds it: leave learning_rate out.",
     )
+    optimizer_options: Mapping[str, Any] = Field(
+        {},
+        description="Further settings of the optimizer by the names that its own documentation gives them, "
+        "such as betas = 0.9, 0.99.",
+    )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay, in units of the learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     loss: Literal["l2", "l1", "huber"] = Field(
@@ -94,6 +105,19 @@ class TrainSpec(DataSpec):
         description="Deviation of a number added to all noise of a channel: lets very dark and very bright "
         "pictures be learned; 0.05 to 0.1 is usual.",
     )
+    min_timestep: int | None = Field(
+        None,
+        ge=0,
+        description="Train on timesteps from this one on: without the low ones, details are left as they "
+        "are; default: 0.",
+    )
+    max_timestep: int | None = Field(
+        None,
+        ge=1,
+        description="Train on timesteps below this one: without the high ones, the composition is left as it "
+        "is; default: all of the base's, usually 1000.",
+    )
+    clip_skip: ClipSkip = 1
     class_prompts: tuple[str, ...] = Field(
         (),
         description="What the base shall not forget: it draws class pictures of these prompts, which are "
@@ -112,7 +136,9 @@ class TrainSpec(DataSpec):
         0, ge=0, lt=2**63, description="Seed of noise, timesteps, crops and the adapter's start."
     )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="Number type of the forward pass; auto: fp32 on the CPU, bf16 or fp16 on a GPU."
+        "auto",
+        description="Number type of the forward pass; auto: fp32 on the CPU, bf16 on GPUs that have it (from "
+        "RTX 30 and A100 on), fp16 on others.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     attention: Attention = "auto"
@@ -125,7 +151,9 @@ class TrainSpec(DataSpec):
     compile: Compile = False
     sample_every: int = Field(0, ge=0, description="Draw sample pictures every so many steps; 0: never.")
     sample_prompts: tuple[str, ...] = Field(
-        (), description="Prompts of the samples; default: the training prompt."
+        (),
+        description="Prompts of the samples, each with settings of its own at the end where wanted, such as "
+        "'--n fog --d 7 --l 6' (negative prompt, seed, guidance); default: the training prompt.",
     )
     sample_steps: int = Field(20, ge=1, le=1000, description="Denoising steps of the samples.")
     save_every: int = Field(
@@ -172,6 +200,12 @@ class TrainSpec(DataSpec):
         "arXiv:1803.05407); 0: the last values.",
     )
     author: str | None = Field(None, description="Author written into the file's metadata.")
+    metadata: Literal["usual", "full", "minimal"] = Field(
+        "usual",
+        description="What the file says of its training: settings, counts and the trigger, but no caption or "
+        "path; full adds names of folders and tags of captions, which other programs show; minimal says no "
+        "more than reading the file takes.",
+    )
 
     @field_validator("schedule_restarts", "schedule_power", "huber_delta")
     @classmethod
@@ -186,6 +220,29 @@ class TrainSpec(DataSpec):
                 f"counts only where {field} is '{wanted}', got '{info.data[field]}'. Leave it out."
             )
         return value
+
+    @field_validator("start_from")
+    @classmethod
+    def _starts_from_files(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        method = str(info.data.get("method"))
+        if file is not None and method in TRAINERS.names() and "options" in info.data:
+            reason: str | None = TRAINERS[method].refuses_start(info.data["options"])
+            if reason:
+                raise complete(reason)
+        return file
+
+    @field_validator("optimizer_options")
+    @classmethod
+    def _as_values(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name.strip(): read_value(name.strip(), value) for name, value in given.items()}
+
+    @field_validator("max_timestep")
+    @classmethod
+    def _leaves_timesteps(cls, end: int | None, info: ValidationInfo) -> int | None:
+        first = info.data.get("min_timestep")
+        if end is not None and first is not None and end <= first:
+            raise complete(f"must be greater than min_timestep ({first}), got {end}.")
+        return end
 
     @field_validator("quantize_base")
     @classmethod

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from studio.registry import FORMATS
 from studio.specs.checks import ends_in, known_in
-from studio.specs.composition import AdapterUse
+from studio.specs.composition import AdapterUse, refuse_same_file
 
 
 class ZipSpec(BaseModel):
@@ -63,3 +63,10 @@ class ZipSpec(BaseModel):
     @classmethod
     def _use(cls, given: Any) -> Any:
         return AdapterUse.parse(str(given)) if isinstance(given, (str, Path)) else given
+
+    @field_validator("style")
+    @classmethod
+    def _another(cls, style: AdapterUse, info: ValidationInfo) -> AdapterUse:
+        if "content" in info.data:
+            refuse_same_file((info.data["content"], style))
+        return style

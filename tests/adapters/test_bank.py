@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from studio.adapters.adapter import Adapter
 from studio.adapters.bank import WeightBank
 from studio.adapters.parameters import components_of, find_parameter
+from studio.adapters.resident import FREE_SHARE, spare_memory
 from studio.errors import AdapterError
 from studio.registry import KINDS
 
@@ -436,6 +437,13 @@ def test_what_is_applied_in_inference_mode_stays_usable_outside(
         image = torch.ones(1, 4, 8, 8, requires_grad=True)
         pipe.unet.conv_in(image).sum().backward()
         assert image.grad is not None and not parameter.is_inference()
+
+
+def test_memory_that_pytorch_keeps_ready_is_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabytes = {"mem_get_info": (2, 8), "memory_reserved": 5, "memory_allocated": 1}
+    for name, value in gigabytes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert spare_memory(torch.device("cuda")) == 2 + 5 - 1 - 8 * FREE_SHARE
 
 
 @pytest.mark.gpu

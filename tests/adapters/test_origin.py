@@ -12,6 +12,7 @@ from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter, save_adapter
 from studio.adapters.origin import origin_facts
 from studio.errors import AdapterError
+from studio.models.base import load_base
 from studio.models.fingerprint import fingerprint
 
 Factory = Callable[[], Any]
@@ -41,6 +42,18 @@ def test_base_is_known_again_in_another_precision(
         assert load_adapter(path, base=tiny_sd().to(used)).changes
 
 
+def test_a_base_that_was_loaded_in_bf16_is_known_in_every_precision(
+    tmp_path: Path, one_block_sd: Factory, everywhere: Callable[..., Adapter]
+) -> None:
+    pipe = one_block_sd()
+    pipe.save_pretrained(tmp_path / "base")
+    loaded = [load_base(tmp_path / "base", device="cpu", precision=name) for name in ("bf16", "fp16", "fp32")]
+    style = everywhere(pipe, kind="sparse", components=("unet.mid_block",))
+    for trained, used in ((0, 1), (0, 2), (1, 0), (2, 0)):
+        path = _file(tmp_path / f"{trained}{used}", loaded[trained], style)
+        assert load_adapter(path, base=loaded[used]).changes
+
+
 def test_another_base_is_refused_unless_any_will_do(tmp_path: Path, tiny_sd: Factory, style: Adapter) -> None:
     other = tiny_sd()
     with torch.no_grad():
@@ -68,5 +81,7 @@ def test_only_own_files_ask_for_their_base_and_only_if_they_name_one(
 def test_fingerprint_in_a_type_is_that_of_the_base_in_that_type(tiny_sd: Factory) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert (
-            fingerprint(tiny_sd(), dtype=dtype) == fingerprint(tiny_sd().to(dtype)) != fingerprint(tiny_sd())
+            fingerprint(tiny_sd(), dtypes=[dtype])
+            == fingerprint(tiny_sd().to(dtype))
+            != fingerprint(tiny_sd())
         )

@@ -74,6 +74,17 @@ SETTINGS = {
     "loha": Setting("loha", 3e-3, "a product of two products starts slowly", {"rank": 8}),
     "oft": Setting("oft", 1e-2, "angles, not weights"),
     "vera": Setting("vera", 3e-2, "two vectors between fixed matrices"),
+    "rslora": Setting("lora", 5e-4, "its factor at rank 8 is 2.8 times LoRA's", {"rank": 8, "rslora": True}),
+    "locon": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "targets": "all"}),
+    "lora+": Setting("lora", 5e-4, "up matrices at twice LoRA's", {"rank": 8, "lora_plus_ratio": 4}),
+    "lora-fa": Setting("lora", 2e-3, "half of the matrices learn", {"rank": 8, "freeze_down": True}),
+    "moslora": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "moslora": True}),
+    "lora-ga": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "init": "lora-ga"}),
+    "eva": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "init": "eva"}),
+    "textual inversion": Setting(
+        "textual-inversion", 5e-3, "its own", {"token": "sks", "train_text_encoder": False}
+    ),
+    "pivotal": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "token": "sks", "token_until": 0.5}),
 }
 CORE = ("full", "sara", "lora", "lokr")
 """Methods that the small grid tries on all of its tasks; the others on the first."""
@@ -176,6 +187,12 @@ def train(cell: Cell, folder: Path, device: str) -> studio.TrainResult:
     return studio.train(studio.TrainSpec.model_validate(given | dict(setting.options)))
 
 
+def belonging(result: studio.TrainResult, method: str) -> list[Path]:
+    """Return the files that draw what was learned: the adapter's own, and what it does not hold."""
+    parts = [result.parts[word] for word in TRAINERS[method].companions if word in result.parts]
+    return [result.path, *parts]
+
+
 def draw(cell: Cell, adapters: Mapping[Path, float], device: str) -> dict[str, list[Image.Image]]:
     """Return pictures of what was learned and of other things."""
     settings = {"adapters": adapters, "steps": cell.course.draw_steps, "batch_size": 12, "device": device}
@@ -204,18 +221,19 @@ def run(cell: Cell, work: Path, device: str) -> dict[str, Any]:
     line["course"] = asdict(cell.course)
     if cell.name != "base":
         result = train(cell, folder, device)
-        adapters = {result.path: 1.0}
+        adapters = {path: 1.0 for path in belonging(result, SETTINGS[cell.name].method)}
         line |= {
             "learning_rate": SETTINGS[cell.name].learning_rate,
             "options": dict(SETTINGS[cell.name].options),
             "loss": round(statistics.mean(result.losses[-50:]), 5),
-            "file_bytes": result.path.stat().st_size,
+            "file_bytes": sum(path.stat().st_size for path in adapters),
         }
     drawn = draw(cell, adapters, device)
     for kind, pictures in drawn.items():
         for number, picture in enumerate(pictures):
             picture.save(folder / f"{kind}-{number:02}.png")
-    (folder / "adapter.safetensors").unlink(missing_ok=True)
+    for path in adapters:
+        path.unlink()
     rows, seen = others_of(cell), judge(drawn["others"])
     line |= {
         "hits": cell.hits(judge(drawn["own"])),

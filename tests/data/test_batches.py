@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_timesteps_cover_the_schedule(folder: Path) -> None:
     course = samples(folder)
     drawn = [course[i].timestep for i in range(400)]
     assert min(drawn) < 30 and max(drawn) > 970 and abs(sum(drawn) / 400 - 500) < 60
+    generator = torch.Generator().manual_seed(derived_seed(0, 1, 5, "sample"))
+    torch.rand(3, generator=generator, dtype=torch.float64)
+    assert drawn[5] == int(torch.randint(1000, (), generator=generator))
+
+
+def test_timesteps_of_a_range_are_drawn_and_nothing_else_changes(folder: Path) -> None:
+    pictures = read_pictures(folder, prompt="dog", treatment=Treatment(flip=True, center_crop=False))
+    common: dict[str, Any] = {"seed": 0, "buckets": SQUARE}
+    course = Samples(pictures, num_timesteps=204, first_timestep=200, **common)
+    whole = Samples(pictures, num_timesteps=1000, **common)
+    assert {course[i].timestep for i in range(40)} == {200, 201, 202, 203}
+    assert all(replace(course[i], timestep=whole[i].timestep) == whole[i] for i in range(4))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from studio.errors import BaseModelError, UsageError
-from studio.models.base import architecture, find_base, fingerprint, load_base, starter_path
+from studio.models.base import architecture, bars_off, find_base, fingerprint, load_base, starter_path
 from studio.models.device import resolve_device, resolve_dtype
 
 
@@ -62,21 +62,25 @@ def test_precision_is_what_was_asked(folders: dict[str, Path]) -> None:
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 
-def test_weights_named_by_variant_are_found(copy: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_named_by_variant_are_found(copy: Path, precision: str) -> None:
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
         ("text_encoder", "model"),
     ):
         (copy / part / f"{stem}.safetensors").rename(copy / part / f"{stem}.fp16.safetensors")
-    assert architecture(load_base(copy)) == "sd1"
+    assert architecture(load_base(copy, device="cpu", precision=precision)) == "sd1"
 
 
 def test_loading_leaves_the_libraries_progress_bars_as_they_were(folders: dict[str, Path]) -> None:
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging as transformers_logging
 
     load_base(folders["sd"])
+    with bars_off():
+        assert not are_progress_bars_disabled(), "downloads take long"
     assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
 
 

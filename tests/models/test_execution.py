@@ -1,5 +1,7 @@
 """How a base computes changes for the length of a block, and what cannot work here says what to do."""
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from studio.errors import UsageError
+from studio.generation import Settings, draw
 from studio.models import execution
 from studio.models.execution import (
     attention,
@@ -130,6 +133,45 @@ def test_tiles_are_used_within_the_block_and_only_there(short_sd: Callable[[], A
     with tiled(vae):
         pass
     assert vae.use_tiling
+
+
+def test_a_tile_is_smaller_than_the_pictures_of_the_base_where_these_are_large(
+    short_sd: Callable[[], Any],
+) -> None:
+    vae = short_sd().vae
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 1024, 128  # SDXL's
+    with tiled(vae):
+        assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 64)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (1024, 128)
+
+
+def test_sdxl_in_fp16_decodes_in_fp32_without_a_word_also_after_an_error(
+    short_sdxl: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = short_sdxl()
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(part, torch.float16)
+    settings = Settings(steps=1, guidance_scale=1.0)
+    seen: list[torch.dtype] = []
+    decode = pipe.vae.decode
+
+    def fails_first(latents: torch.Tensor, **values: Any) -> Any:
+        seen.append(latents.dtype)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents, **values)
+
+    monkeypatch.setattr(pipe.vae, "decode", fails_first)
+    # The libraries' loggers do not hand on what they are told.
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(pipe, ["x"], [0], settings=settings)
+        assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+        assert draw(pipe, ["x"], [0], settings=settings)
+    assert seen == [torch.float32] * 2 and pipe.vae.dtype == torch.float16
+    assert "float32" not in caplog.text and not {"to", "upcast_vae"} & {*vars(pipe.vae), *vars(pipe)}
 
 
 @pytest.mark.gpu

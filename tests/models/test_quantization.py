@@ -83,8 +83,8 @@ def test_the_linear_layers_of_transformer_blocks_are_quantised_and_no_others(pai
 
 def test_a_quantised_base_is_known_by_the_weights_it_was_made_of(pair: Any) -> None:
     _, plain, quantized = pair
-    for dtype in (None, torch.float16):
-        assert fingerprint(plain, dtype=dtype) == fingerprint(quantized, dtype=dtype)
+    for dtypes in ((), (torch.float16,)):
+        assert fingerprint(plain, dtypes=dtypes) == fingerprint(quantized, dtypes=dtypes)
 
 
 def test_layers_multiply_by_the_weights_that_they_unpack_to(pair: Any) -> None:

@@ -1,4 +1,6 @@
+import gc
 import hashlib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from studio import api, bases
 from studio.errors import BaseModelError, OutputError, UsageError
 from studio.png import read_spec
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
+from studio.trainers import run
 
 
 def training(base: str, data: Path, output: Path, **values: Any) -> TrainSpec:
@@ -60,6 +63,28 @@ def test_training_writes_the_adapter_and_leaves_the_base_alone(
     assert loaded.changes.keys() == result.adapter.changes.keys()
 
 
+def test_what_the_optimizer_held_is_free_after_a_run(
+    tiny_base: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run.optimizer_of
+    seen: list[weakref.ref[Any]] = []
+
+    def noted(*args: Any) -> torch.optim.Optimizer:
+        optimizer = made(*args)
+        # As accelerate's wrapper is to its optimizer where there is a loss scaler.
+        optimizer.itself = optimizer  # type: ignore[attr-defined]
+        seen.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(run, "optimizer_of", noted)
+    gc.disable()
+    try:
+        api.train(training(tiny_base, pictures, tmp_path / "x.safetensors", steps=1))
+        assert seen and all(each() is None for each in seen)
+    finally:
+        gc.enable()
+
+
 def test_an_existing_output_is_refused_before_anything_is_loaded(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     output.write_bytes(b"mine")
@@ -83,12 +108,32 @@ def test_a_stopped_training_saves_what_it_has(tiny_base: str, pictures: Path, tm
     assert result.stopped and len(result.losses) == 2 and result.path.is_file()
 
 
-def test_samples_are_drawn_by_the_generation_code(tiny_base: str, pictures: Path, tmp_path: Path) -> None:
-    events: list[Event] = []
-    spec = training(tiny_base, pictures, tmp_path / "x.safetensors", sample_every=2, sample_steps=2)
-    api.train(spec, on_event=events.append)
-    samples = [event for event in events if event.kind == "sample"]
-    assert samples and all(event.path and Image.open(event.path).size == (64, 64) for event in samples)
+def test_samples_carry_what_draws_them_again(tiny_base: str, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    asked = {"sample_every": 1, "save_every": 2, "learning_rate": 0.1}
+    prompt = "a (red:1.3) disc --n fog --d 7 --s 1 --w 72 --l 2"
+    api.train(training(tiny_base, pictures, output, sample_prompts=[prompt], **asked))
+    folder = tmp_path / "x-run"
+    drawn = [Image.open(folder / "samples" / f"00000{step}-0.png") for step in range(4)]
+    assert all(image.size == (72, 64) for image in drawn)
+    on_the_way = [folder / "adapters" / f"x-step-00000{step}.safetensors" for step in (1, 2)]
+    for step, files in enumerate(([], on_the_way[:1], on_the_way[1:], [output])):
+        spec = read_spec(folder / "samples" / f"00000{step}-0.png")
+        assert [use.path for use in spec.adapters] == files
+        assert (spec.negative_prompt, spec.seed, spec.steps, spec.guidance_scale) == ("fog", 7, 1, 2)
+        # What is not written when the picture is, has no hash.
+        assert set(spec.expected_hashes) - {tiny_base} == set(map(str, on_the_way[1:] if step == 2 else []))
+    said: list[Event] = []
+    again = read_spec(folder / "samples" / "000002-0.png").model_copy(update={"output": tmp_path / "again"})
+    (result,) = api.generate(again, on_event=said.append)
+    # The adapter's file rounds its numbers to fp16.
+    assert np.abs(pixels(result.image) - pixels(drawn[2])).max() <= 1
+    assert not [event for event in said if event.kind == "message"], "base and adapter are the expected ones"
+    text = drawn[1].info["parameters"]
+    assert text.startswith("a (red:1.3) disc <lora:x-step-000001:1>\nNegative prompt: fog\nSteps: 1, ")
+    assert "CFG scale: 2, Seed: 7, Size: 72x64" in text and "Lora hashes" not in text
+    assert "Lora hashes" in drawn[2].info["parameters"] and "<lora:x:1>" in drawn[3].info["parameters"]
+    assert np.abs(pixels(drawn[3]) - pixels(drawn[0])).max() > 1
 
 
 def test_pictures_are_named_by_index_and_seed_and_carry_their_spec(tiny_base: str, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a request says of how its base computes reaches the base, which is kept for the next as it was."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from studio import api, bases
 from studio.errors import TrainingError, UsageError
 from studio.models import execution
 from studio.models.quantization import quantization_of
-from studio.png import read_spec
+from studio.png import Facts, infotext, read_spec
 from studio.specs import GenerateSpec, TrainSpec, parse_spec
+from studio.specs.events import silent
+from studio.trainers.processes import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,44 @@ def draw(base: str, output: Path, **values: Any) -> "np.ndarray[Any, np.dtype[np
     given = {"base": base, "prompt": "a disc", "steps": 2, "output": output, "overwrite": True, **values}
     (result,) = api.generate(parse_spec(GenerateSpec, given))
     return np.asarray(result.image).astype(np.int16)
+
+
+def test_the_last_base_is_gone_before_another_is_loaded(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = bases.cached_base(base, "cpu", "fp32")
+    # As what a run left behind may hold it.
+    pipe.itself = pipe  # type: ignore[attr-defined]
+    before, load = weakref.ref(pipe), bases.load_base
+    del pipe
+
+    def loads(*args: Any, **values: Any) -> Any:
+        assert before() is None
+        return load(*args, **values)
+
+    monkeypatch.setattr(bases, "load_base", loads)
+    gc.disable()
+    try:
+        assert bases.cached_base(base, "cpu", "bf16").unet.dtype == torch.bfloat16
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("has_bf16", "best"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_trains_in_bf16_where_it_has_it(
+    has_bf16: bool, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.trainers.runtime.has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(bases, "resolve_device", torch.device)
+    monkeypatch.setattr(bases, "cached_base", lambda base, device, precision, *_: precision)
+    for device, asked, wanted in (
+        ("cuda", "auto", best),
+        ("cuda", "fp16", "fp16"),
+        ("mps", "auto", "fp32"),
+        ("cpu", "bf16", "fp32"),
+    ):
+        spec = parse_spec(
+            TrainSpec, {"data": "d", "output": "x.safetensors", "device": device, "precision": asked}
+        )
+        assert bases.base_to_train(spec, ALONE, silent) == wanted
 
 
 def test_attention_is_computed_as_a_request_asks(
@@ -58,6 +100,15 @@ def test_pictures_are_decoded_in_tiles_where_asked(base: str, tmp_path: Path) ->
     plain, tiled = draw(base, tmp_path, **size), draw(base, tmp_path, **size, vae_tiling=True)
     assert plain.shape == tiled.shape and not np.array_equal(plain, tiled)
     assert not vae.use_tiling
+
+
+def test_prompts_are_read_from_the_layer_asked_for(base: str, tmp_path: Path) -> None:
+    plain, skipped = draw(base, tmp_path), draw(base, tmp_path, clip_skip=2)
+    assert not np.array_equal(plain, skipped) and np.array_equal(draw(base, tmp_path), plain)
+    spec = GenerateSpec(prompt="a disc", clip_skip=2)
+    said = infotext(spec, Facts(width=64, height=64))
+    assert ", Clip skip: 2, " in said
+    assert "Clip skip" not in infotext(spec.model_copy(update={"clip_skip": 1}), Facts(width=64, height=64))
 
 
 def test_a_request_is_drawn_by_compiled_blocks_where_asked(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import studio
 from studio import api
@@ -15,7 +16,7 @@ from studio.adapters.adapter import Adapter
 from studio.batches.lines import Line, read_lines, wanted_pictures
 from studio.batches.manifest import read_manifest
 from studio.cli import main
-from studio.errors import OutputError, SpecError, UsageError
+from studio.errors import AdapterError, CompositionError, OutputError, SpecError, UsageError
 from studio.png import read_spec
 from studio.prompt_settings import settled
 from studio.specs import BatchSpec, Event, GenerateSpec, parse_spec
@@ -127,6 +128,58 @@ def test_every_wrong_line_is_named_and_may_be_left_out(tiny_base: str, prompts: 
     assert not (prompts.parent / "out").exists()
     names, result = drawn(batch(tiny_base, prompts, skip_bad=True, seeds=0, steps=1))
     assert names == ["0001-0.png", "0005-0.png"] and len(result.left_out) == 4
+
+
+@pytest.fixture
+def switching(adapter: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return a composition of two adapters in turns of two steps."""
+    other = tmp_path / "other.safetensors"
+    tensors = load_file(adapter)
+    save_file({name: -tensor for name, tensor in tensors.items()}, other)
+    return {"adapters": [adapter, other], "method": "switch", "options": {"switch_every": 2}}
+
+
+def test_a_line_that_its_composition_cannot_draw_is_one_of_the_wrong_lines(
+    tiny_base: str, prompts: Path, switching: dict[str, Any]
+) -> None:
+    prompts.write_text("a fox\na cat --s 2\na dog\n", encoding="utf-8")
+    given = {"steps": 3, "seeds": 0, **switching}
+    with pytest.raises(SpecError, match=r"line 2: switch_every=2 in a run of 2 steps lets only 'ink' act"):
+        drawn(batch(tiny_base, prompts, **given))
+    assert not (prompts.parent / "out").exists()
+    names, result = drawn(batch(tiny_base, prompts, skip_bad=True, **given))
+    assert names == ["0001-0.png", "0003-0.png"] and len(result.left_out) == 1
+    # What is wrong with all of them is no line's fault.
+    prompts.write_text("a fox --s 2\na cat --s 1\n", encoding="utf-8")
+    with pytest.raises(CompositionError, match=r"^method 'klora' .* got 'ink' alone"):
+        drawn(batch(tiny_base, prompts, adapters=switching["adapters"][:1], method="klora"))
+
+
+def test_a_concept_that_a_line_lacks_is_said_with_its_number() -> None:
+    lines = [Line(1, "a fox on a hill"), Line(4, "a cat")]
+    clora = {"method": "clora", "options": {"concepts": {"ink": "fox"}}, "adapters": ["ink.safetensors"]}
+    found, problems = wanted_pictures(lines, clora, [1])
+    assert [each.number for each in found] == [1]
+    assert problems[0].startswith('line 4: concepts: "fox" of \'ink\' is not in the prompt "a cat"')
+
+
+def test_what_only_drawing_finds_wrong_with_a_line_is_said_with_its_number(
+    tiny_base: str, prompts: Path, adapter: Path
+) -> None:
+    import torch
+
+    wide = adapter.with_name("wide.safetensors")
+    tensors = {
+        name: torch.zeros(32, 8) if "up" in name else torch.zeros(8, 64) for name in load_file(adapter)
+    }
+    save_file(tensors, wide)
+    prompts.write_text("a fox\na cat <lora:wide>\na dog --s 2\n", encoding="utf-8")
+    given = {"seeds": 0, "steps": 1, "adapter_folder": adapter.parent}
+    with pytest.raises(AdapterError, match=r"^line 2: .*wide.* Mend it, or leave it out with --skip-bad"):
+        drawn(batch(tiny_base, prompts, **given))
+    for names in (["0003-0.png"], []):
+        found, result = drawn(batch(tiny_base, prompts, skip_bad=True, **given))
+        assert found == names and [text[:7] for text in result.left_out] == ["line 2:"]
 
 
 def test_a_batch_is_drawn_once_and_listed(tiny_base: str, prompts: Path) -> None:

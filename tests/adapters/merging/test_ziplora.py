@@ -15,6 +15,7 @@ from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter, read_header, save_adapter
 from studio.adapters.merge import merge_adapters
 from studio.adapters.parameters import components_of
+from studio.bases import cached_base
 from studio.composition.engine import compose
 from studio.errors import AdapterError, OutputError, TrainingError
 from studio.merging.columns import Columns
@@ -73,6 +74,25 @@ def asked(pipe: Any, pair: dict[str, Adapter], base: str, tmp_path_factory: pyte
 
 def columns_of(pipe: Any, pair: dict[str, Adapter]) -> Columns:
     return Columns(components_of(pipe), pair, WEIGHTS)
+
+
+def test_pictures_are_encoded_in_fp32_whatever_the_base_is_held_in(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    seen = []
+    encode = AutoencoderKL.encode
+
+    def noted(vae: Any, pixels: torch.Tensor) -> Any:
+        seen.append((vae.dtype, pixels.dtype))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", noted)
+    spec = asked(output=tmp_path / "zipped.safetensors", precision="bf16", steps=1)
+    studio.zip_adapters(spec)
+    assert seen == [(torch.float32, torch.float32)] * 2
+    assert cached_base(spec.base, spec.device, "bf16").vae.dtype == torch.bfloat16
 
 
 def test_columns_that_weigh_one_are_the_concatenation_exactly(pipe: Any, pair: dict[str, Adapter]) -> None:
