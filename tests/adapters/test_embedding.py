@@ -53,7 +53,7 @@ def test_files_hold_the_keys_that_other_tools_look_for_and_come_back(tmp_path: P
             assert torch.equal(again.tokens["<toy>"][component], tensor)
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["short_sd", "tiny_sdxl"])
 def test_diffusers_loads_a_file_of_ours_as_the_same_token(
     tmp_path: Path, request: pytest.FixtureRequest, model: str
 ) -> None:
@@ -65,7 +65,7 @@ def test_diffusers_loads_a_file_of_ours_as_the_same_token(
     with AddedTokens(pipe, load_adapter(path, base=pipe).tokens):
         mine = encoded(pipe)
     theirs.tokenizer = deepcopy(theirs.tokenizer)
-    if model == "tiny_sd":
+    if model == "short_sd":
         theirs.load_textual_inversion(path, token="<toy>")
     else:
         theirs.tokenizer_2 = deepcopy(theirs.tokenizer_2)
@@ -99,7 +99,7 @@ def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_embedding_or_for_another_base_is_refused(
-    tmp_path: Path, tiny_sd: Factory, tiny_sdxl: Factory
+    tmp_path: Path, short_sd: Factory, tiny_sdxl: Factory
 ) -> None:
     path = tmp_path / "toy.safetensors"
     for broken in (torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64), torch.tensor(1.0)):
@@ -114,7 +114,7 @@ def test_what_is_no_embedding_or_for_another_base_is_refused(
         load_adapter(path, base=tiny_sdxl())
     save_file({"emb_params": rows(1, 768)}, path)
     with pytest.raises(AdapterError, match=r"\[1, 768\] for text_encoder, the base model's are 32 wide"):
-        load_adapter(path, base=tiny_sd())
+        load_adapter(path, base=short_sd())
 
 
 @pytest.mark.parametrize("form", [name for name in FORMATS if name != "embedding"])

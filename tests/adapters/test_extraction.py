@@ -18,9 +18,9 @@ LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_residuals_are_those_of_the_singular_values_left_out(
-    tiny_sd: Factory, everywhere: Everywhere, rank: int
+    short_sd: Factory, everywhere: Everywhere, rank: int
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     adapter = everywhere(pipe, kind="sparse", components=("unet.mid_block",))
     extraction = extract_low_rank(adapter, pipe, rank=rank)
     missed = whole = 0.0
@@ -41,8 +41,8 @@ def test_residuals_are_those_of_the_singular_values_left_out(
     assert extraction.total == pytest.approx((missed / whole) ** 0.5, abs=1e-6)
 
 
-def test_what_has_no_low_rank_form_is_listed(tiny_sd: Factory, everywhere: Everywhere) -> None:
-    pipe = tiny_sd()
+def test_what_has_no_low_rank_form_is_listed(short_sd: Factory, everywhere: Everywhere) -> None:
+    pipe = short_sd()
     adapter = everywhere(pipe, kind="full", components=("unet.mid_block",))
     extraction = extract_low_rank(adapter, pipe, rank=2)
     vectors = {name for name, change in adapter.changes.items() if len(change.shape) == 1}
@@ -57,8 +57,8 @@ def test_what_has_no_low_rank_form_is_listed(tiny_sd: Factory, everywhere: Every
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha"])
-def test_what_has_low_rank_is_found_whole(tiny_sd: Factory, everywhere: Everywhere, kind: str) -> None:
-    pipe = tiny_sd()
+def test_what_has_low_rank_is_found_whole(short_sd: Factory, everywhere: Everywhere, kind: str) -> None:
+    pipe = short_sd()
     adapter = everywhere(pipe, kind=kind, components=("unet.mid_block",))
     extraction = extract_low_rank(adapter, pipe, rank=9)
     assert (
@@ -70,16 +70,16 @@ def test_what_has_low_rank_is_found_whole(tiny_sd: Factory, everywhere: Everywhe
         assert (got - change.delta(base, weight=0.7)).abs().max() < 1e-5, name  # fp32 products in two orders.
 
 
-def test_rank_is_bounded_by_the_weights_smaller_side(tiny_sd: Factory, everywhere: Everywhere) -> None:
-    pipe = tiny_sd()
+def test_rank_is_bounded_by_the_weights_smaller_side(short_sd: Factory, everywhere: Everywhere) -> None:
+    pipe = short_sd()
     adapter = everywhere(pipe, kind="full", components=("unet.mid_block",))
     change = extract_low_rank(adapter, pipe, rank=1000).adapter.changes[LINEAR]
     pair = change.low_rank()
     assert pair is not None and pair[0].shape == (32, 128)
 
 
-def test_nothing_to_approximate_and_no_rank_are_said(tiny_sd: Factory, everywhere: Everywhere) -> None:
-    pipe = tiny_sd()
+def test_nothing_to_approximate_and_no_rank_are_said(short_sd: Factory, everywhere: Everywhere) -> None:
+    pipe = short_sd()
     adapter = everywhere(pipe, kind="full", components=("unet.mid_block.resnets.0.norm1",))
     with pytest.raises(AdapterError, match="changes no weight of a linear layer or convolution"):
         extract_low_rank(adapter, pipe, rank=1)

@@ -46,7 +46,7 @@ def _mixed(adapter: Adapter) -> Adapter:
     return Adapter("style", "lora", changes)
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["short_sd", "tiny_sdxl"])
 @pytest.mark.parametrize("form", list(FORMATS))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_adapter_of_every_kind_comes_back_from_every_format_that_holds_it(
@@ -87,9 +87,9 @@ def test_mixed_ranks_and_alphas_survive_both_formats_and_the_way_between(
 
 
 def test_kohya_file_holds_one_alpha_and_no_peft_metadata(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere
 ) -> None:
-    adapter = _mixed(everywhere(tiny_sd()))
+    adapter = _mixed(everywhere(short_sd()))
     adapter = Adapter(
         "style", "lora", adapter.changes, metadata={"lora_adapter_metadata": "{}", "note": "kept"}
     )
@@ -105,14 +105,14 @@ def test_kohya_file_holds_one_alpha_and_no_peft_metadata(
 
 
 def test_sdxl_files_speak_sgm_and_sd_files_diffusers(
-    tmp_path: Path, tiny_sd: Factory, tiny_sdxl: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, tiny_sdxl: Factory, everywhere: Everywhere
 ) -> None:
     for pipe, own in (
         (
             tiny_sdxl(),
             {"lora_unet_input", "lora_unet_middle", "lora_unet_output", "lora_te1_text", "lora_te2_text"},
         ),
-        (tiny_sd(), {"lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_te_text"}),
+        (short_sd(), {"lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_te_text"}),
     ):
         path = save_adapter(everywhere(pipe), tmp_path / "a.safetensors", overwrite=True)
         starts = {"_".join(key.split("_")[:3]) for key in read_header(path).tensors}
@@ -134,7 +134,7 @@ def test_metadata_decides_on_sgm_names_where_layers_do_not_tell(tmp_path: Path) 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_files_are_plain(
     tmp_path: Path,
-    tiny_sd: Factory,
+    short_sd: Factory,
     everywhere: Everywhere,
     kept_as: KeptAs,
     kind: str,
@@ -144,7 +144,7 @@ def test_files_are_plain(
     if kept_as[kind, form] is None:
         pytest.skip(f"{form} holds no {kind} changes")
     path = save_adapter(
-        everywhere(tiny_sd(), kind=kind), tmp_path / "a.safetensors", format=form, dtype=dtype
+        everywhere(short_sd(), kind=kind), tmp_path / "a.safetensors", format=form, dtype=dtype
     )
     types = {".alpha": torch.float32, ".gaps": torch.int16, ".shape": torch.int64}
     for key, tensor in safetensors.torch.load_file(path).items():
@@ -170,17 +170,17 @@ def test_hashes_are_those_that_other_tools_compute(tmp_path: Path) -> None:
 
 
 def test_legacy_hash_of_a_small_file_is_that_of_nothing(
-    tmp_path: Path, everywhere: Everywhere, tiny_sd: Factory
+    tmp_path: Path, everywhere: Everywhere, short_sd: Factory
 ) -> None:
-    path = save_adapter(everywhere(tiny_sd(), components=("text_encoder",)), tmp_path / "a.safetensors")
+    path = save_adapter(everywhere(short_sd(), components=("text_encoder",)), tmp_path / "a.safetensors")
     assert read_header(path).metadata["sshs_legacy_hash"] == "e3b0c442"
 
 
 def test_metadata_says_what_other_tools_look_for(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
-    adapter = everywhere(tiny_sd())
+    adapter = everywhere(short_sd())
     adapter = Adapter(
         "x", "lora", adapter.changes, metadata={"ss_base_model_version": "sd_v1", "sshs_model_hash": "old"}
     )
@@ -209,10 +209,10 @@ def test_metadata_says_what_other_tools_look_for(
 
 
 def test_equal_input_makes_equal_files(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    adapter = everywhere(tiny_sd())
+    adapter = everywhere(short_sd())
     paths = [save_adapter(adapter, tmp_path / folder / "a.safetensors") for folder in ("one", "two")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")

@@ -195,14 +195,14 @@ def test_files_of_lycoris_mean_what_its_own_forward_does(
 
 
 def test_diffusers_makes_the_same_weights_of_our_dora(
-    tmp_path: Path, tiny_sd: Callable[[], Any], everywhere: Callable[..., Adapter]
+    tmp_path: Path, short_sd: Callable[[], Any], everywhere: Callable[..., Adapter]
 ) -> None:
-    ours, theirs = tiny_sd(), tiny_sd()
+    ours, theirs = short_sd(), short_sd()
     adapter = everywhere(ours, kind="dora")
     path = save_adapter(adapter, tmp_path / "style.safetensors", format="diffusers", dtype=torch.float32)
     theirs.load_lora_weights(tmp_path, weight_name=path.name, use_safetensors=True)
     theirs.fuse_lora(components=["unet", "text_encoder"])
-    got, plain = components_of(theirs), components_of(tiny_sd())
+    got, plain = components_of(theirs), components_of(short_sd())
     with WeightBank(components_of(ours), adapter.changes) as bank:
         bank.apply({name: [(change, 1.0)] for name, change in adapter.changes.items()})
         for name in canonical_names(plain):
@@ -213,13 +213,13 @@ def test_diffusers_makes_the_same_weights_of_our_dora(
 
 
 def test_dora_that_diffusers_writes_is_read_with_its_magnitudes(
-    tmp_path: Path, tiny_sd: Callable[[], Any]
+    tmp_path: Path, short_sd: Callable[[], Any]
 ) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe, base = tiny_sd(), tiny_sd()
+    pipe, base = short_sd(), short_sd()
     targets = ["to_q", "to_out.0", "conv1"]
     pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=targets))
     generator = torch.Generator().manual_seed(1)
@@ -242,9 +242,9 @@ def test_dora_that_diffusers_writes_is_read_with_its_magnitudes(
 
 
 def test_lokr_of_single_models_is_read_in_diffusers_spelling(
-    tmp_path: Path, tiny_sd: Callable[[], Any]
+    tmp_path: Path, short_sd: Callable[[], Any]
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"unet.{layer}.lokr_w1": random(4, 8), f"unet.{layer}.lokr_w2": random(8, 4)}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
@@ -256,9 +256,9 @@ def test_lokr_of_single_models_is_read_in_diffusers_spelling(
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
 def test_what_diffusers_cannot_read_names_the_format_that_holds_it(
-    tmp_path: Path, tiny_sd: Callable[[], Any], everywhere: Callable[..., Adapter], kind: str
+    tmp_path: Path, short_sd: Callable[[], Any], everywhere: Callable[..., Adapter], kind: str
 ) -> None:
-    adapter = everywhere(tiny_sd(), kind=kind, components=("unet.mid_block",))
+    adapter = everywhere(short_sd(), kind=kind, components=("unet.mid_block",))
     words = "cannot be written in the format 'diffusers': diffusers reads LoRA and DoRA only.*choose kohya"
     with pytest.raises(AdapterError, match=words):
         save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers")
@@ -280,13 +280,13 @@ def test_diffusers_gets_no_dora_that_it_would_misread(tmp_path: Path) -> None:
 
 
 def test_metadata_names_lycoris_where_kohyas_own_network_cannot_read_the_file(
-    tmp_path: Path, tiny_sd: Callable[[], Any], everywhere: Callable[..., Adapter]
+    tmp_path: Path, short_sd: Callable[[], Any], everywhere: Callable[..., Adapter]
 ) -> None:
     from studio.adapters.files import read_header
 
     found = {}
     for kind in ("lora", *FAMILY):
-        adapter = everywhere(tiny_sd(), kind=kind, components=("unet.mid_block",))
+        adapter = everywhere(short_sd(), kind=kind, components=("unet.mid_block",))
         metadata = read_header(save_adapter(adapter, tmp_path / f"{kind}.safetensors")).metadata
         found[kind] = (metadata["ss_network_module"], metadata["ss_network_args"])
     assert found == {

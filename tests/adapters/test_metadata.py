@@ -25,9 +25,9 @@ from studio.trainers.metadata import base_facts
     ids=["sd1", "sd2", "sd2-v", "sd1-v"],
 )
 def test_a_file_names_the_family_and_the_prediction_of_its_base(
-    prediction: str, width: int, wanted: tuple[str, ...], tiny_sd: Callable[[], Any], tmp_path: Path
+    prediction: str, width: int, wanted: tuple[str, ...], short_sd: Callable[[], Any], tmp_path: Path
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     pipe.scheduler = type(pipe.scheduler)(prediction_type=prediction)
     pipe.unet.register_to_config(cross_attention_dim=width)
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"

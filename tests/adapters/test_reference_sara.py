@@ -31,9 +31,9 @@ def _trained(pipe: Any) -> dict[Any, Any]:
 
 
 def test_checkpoint_gives_the_weights_that_it_was_taken_from(
-    tmp_path: Path, tiny_sd: Callable[[], Any]
+    tmp_path: Path, short_sd: Callable[[], Any]
 ) -> None:
-    trained, pipe = tiny_sd(), tiny_sd()
+    trained, pipe = short_sd(), short_sd()
     torch.save(_trained(trained), tmp_path / "unet.pt")
     adapter = read_reference(tmp_path / "unet.pt", pipe)
     path = save_adapter(adapter, tmp_path / "style.safetensors", format="sara")
@@ -42,7 +42,7 @@ def test_checkpoint_gives_the_weights_that_it_was_taken_from(
     WeightBank(components_of(pipe), adapter.changes).apply(
         {name: [(change, 1.0)] for name, change in adapter.changes.items()}
     )
-    plain = dict(tiny_sd().unet.named_parameters())
+    plain = dict(short_sd().unet.named_parameters())
     for name, wanted in trained.unet.named_parameters():
         got = dict(pipe.unet.named_parameters())[name]
         # value - base is rounded once, and the sum once more.
@@ -52,9 +52,9 @@ def test_checkpoint_gives_the_weights_that_it_was_taken_from(
 
 
 def test_entries_that_did_not_move_and_parameters_without_any_are_left_out(
-    tmp_path: Path, tiny_sd: Callable[[], Any]
+    tmp_path: Path, short_sd: Callable[[], Any]
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     content: dict[Any, Any] = {"threshold": THRESHOLD}
     for number, (name, parameter) in enumerate(pipe.unet.named_parameters()):
         small = parameter.detach().flatten()[parameter.detach().flatten().abs() < THRESHOLD]
@@ -69,9 +69,9 @@ def test_entries_that_did_not_move_and_parameters_without_any_are_left_out(
     assert isinstance(change, SparseChange) and change.values.tolist() == pytest.approx([0.5], abs=1e-7)
 
 
-def test_what_is_no_checkpoint_of_this_base_is_refused(tmp_path: Path, tiny_sd: Callable[[], Any]) -> None:
-    pipe, path = tiny_sd(), tmp_path / "unet.pt"
-    good = _trained(tiny_sd())
+def test_what_is_no_checkpoint_of_this_base_is_refused(tmp_path: Path, short_sd: Callable[[], Any]) -> None:
+    pipe, path = short_sd(), tmp_path / "unet.pt"
+    good = _trained(short_sd())
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -102,7 +102,7 @@ def test_what_is_no_checkpoint_of_this_base_is_refused(tmp_path: Path, tiny_sd: 
         read_reference(path, pipe.to(torch.float16))
 
 
-def test_sparse_adapter_is_named_after_its_file(tmp_path: Path, tiny_sd: Callable[[], Any]) -> None:
-    torch.save(_trained(tiny_sd()), tmp_path / "expedition.pt")
-    adapter = read_reference(tmp_path / "expedition.pt", tiny_sd())
+def test_sparse_adapter_is_named_after_its_file(tmp_path: Path, short_sd: Callable[[], Any]) -> None:
+    torch.save(_trained(short_sd()), tmp_path / "expedition.pt")
+    adapter = read_reference(tmp_path / "expedition.pt", short_sd())
     assert isinstance(adapter, Adapter) and adapter.name == "expedition"

@@ -65,9 +65,9 @@ def test_values_land_at_their_row_major_places(shape: tuple[int, ...], weight: f
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["32", "16", "b16"])
 def test_bank_adds_entries_as_it_would_add_the_dense_change_and_leaves_the_others(
-    tiny_sd: Factory, everywhere: Everywhere, dtype: torch.dtype
+    short_sd: Factory, everywhere: Everywhere, dtype: torch.dtype
 ) -> None:
-    pipe, dense_pipe = tiny_sd().to(dtype), tiny_sd().to(dtype)
+    pipe, dense_pipe = short_sd().to(dtype), short_sd().to(dtype)
     one, two = everywhere(pipe, kind="sparse", seed=1), everywhere(pipe, kind="sparse", seed=2)
     components, theirs = components_of(pipe), components_of(dense_pipe)
     before = {name: find_parameter(components, name).detach().clone() for name in one.changes}
@@ -193,9 +193,9 @@ def test_own_file_brings_back_every_index_and_value(
 
 
 def test_own_file_is_in_fp32_and_says_nothing_of_what_does_not_change(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere
 ) -> None:
-    adapter = everywhere(tiny_sd(), kind="sparse")
+    adapter = everywhere(short_sd(), kind="sparse")
     first, *others = adapter.changes
     nothing = SparseChange(torch.empty(0, dtype=torch.int32), torch.empty(0), adapter.changes[first].shape)
     partly = replace(adapter, changes={**adapter.changes, first: nothing})
@@ -207,9 +207,9 @@ def test_own_file_is_in_fp32_and_says_nothing_of_what_does_not_change(
 
 
 def test_file_that_misses_a_part_or_names_a_parameter_the_base_lacks_is_refused(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     path = save_adapter(everywhere(pipe, kind="sparse"), tmp_path / "a.safetensors", format="sara")
     tensors = safetensors.torch.load_file(path)
     name = "unet.mid_block.resnets.0.norm1.bias"
@@ -230,9 +230,9 @@ def test_file_that_misses_a_part_or_names_a_parameter_the_base_lacks_is_refused(
 
 
 def test_reloaded_change_gives_the_trained_weights_bit_for_bit(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     components, adapter = components_of(pipe), everywhere(pipe, kind="sparse")
     path = save_adapter(adapter, tmp_path / "a.safetensors", format="sara")
     again = load_adapter(path, base=pipe)
@@ -244,10 +244,10 @@ def test_reloaded_change_gives_the_trained_weights_bit_for_bit(
 
 
 def test_metadata_keeps_how_the_entries_were_selected(
-    tmp_path: Path, tiny_sd: Factory, everywhere: Everywhere
+    tmp_path: Path, short_sd: Factory, everywhere: Everywhere
 ) -> None:
     rule = json.dumps({"threshold": 0.002})
-    adapter = _adapter(tiny_sd(), everywhere, **{"studio.sara": rule})
+    adapter = _adapter(short_sd(), everywhere, **{"studio.sara": rule})
     metadata = read_header(save_adapter(adapter, tmp_path / "a.safetensors", format="sara")).metadata
     assert metadata["studio.sara"] == rule and metadata["studio.format_version"] == "1"
 

@@ -64,8 +64,8 @@ def test_only_the_chosen_block_reads_the_other_prompt(pipe: Any, guidance_scale:
             assert all(torch.equal(conditions_now[key], value) for key, value in conditions.items())
 
 
-def test_all_blocks_with_the_other_prompt_draw_the_other_prompts_picture(tiny_sd: Callable[[], Any]) -> None:
-    pipe = tiny_sd()
+def test_all_blocks_with_the_other_prompt_draw_the_other_prompts_picture(short_sd: Callable[[], Any]) -> None:
+    pipe = short_sd()
     blocks = attention_blocks(pipe.unet).values()
     wanted = draw(pipe, OTHER)
     with injected(blocks, words(pipe, OTHER)):

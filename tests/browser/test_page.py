@@ -85,9 +85,9 @@ def _note_stranger(url: str, strangers: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(home: Path, tiny_sd: Callable[[], Any]) -> Path:
+def base(home: Path, short_sd: Callable[[], Any]) -> Path:
     """Save a tiny base model for the page to work with."""
-    tiny_sd().save_pretrained(home.parent / "tiny-base")
+    short_sd().save_pretrained(home.parent / "tiny-base")
     return home.parent / "tiny-base"
 
 

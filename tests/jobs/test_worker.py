@@ -28,9 +28,9 @@ def worker(space: Workspace) -> Worker:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Callable[[], Any]) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, short_sd: Callable[[], Any]) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    tiny_sd().save_pretrained(folder)
+    short_sd().save_pretrained(folder)
     return folder
 
 

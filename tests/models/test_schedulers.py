@@ -38,8 +38,8 @@ OWN = (
     ],
     ids=["sd1", "v", "defaults"],
 )
-def test_the_noise_schedule_and_the_prediction_are_the_models(name: str, base: Any, tiny_sd: Any) -> None:
-    pipe = tiny_sd()
+def test_the_noise_schedule_and_the_prediction_are_the_models(name: str, base: Any, short_sd: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = base
     made = make_scheduler(pipe, name)
     assert made is not base and pipe.scheduler is base
@@ -48,8 +48,8 @@ def test_the_noise_schedule_and_the_prediction_are_the_models(name: str, base: A
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_solver_draws(name: str, tiny_sd: Any) -> None:
-    pipe = tiny_sd()
+def test_every_solver_draws(name: str, short_sd: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = make_scheduler(pipe, name)
     latents = pipe("a fox", num_inference_steps=3, output_type="latent").images
     assert torch.isfinite(latents).all()
@@ -70,10 +70,10 @@ def exact_prediction(
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "euler-ancestral"])
 def test_solvers_carry_noise_to_data_with_a_perfect_denoiser(
-    name: str, prediction: str, tiny_sd: Any
+    name: str, prediction: str, short_sd: Any
 ) -> None:
     spread = 3.0  # wider than 1, so that clipping would show
-    pipe = tiny_sd()
+    pipe = short_sd()
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     scheduler = make_scheduler(pipe, name)
     scheduler.set_timesteps(50)
@@ -92,8 +92,8 @@ def test_solvers_carry_noise_to_data_with_a_perfect_denoiser(
     assert float((sample - exact).norm() / exact.norm()) < 0.05
 
 
-def test_solvers_for_pictures_do_not_clip_latents(tiny_sd: Any) -> None:
-    pipe = tiny_sd()
+def test_solvers_for_pictures_do_not_clip_latents(short_sd: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = diffusers.EulerDiscreteScheduler()
     made = make_scheduler(pipe, "ddim")
     assert made.config.clip_sample is False and made.config.set_alpha_to_one is False
@@ -102,15 +102,15 @@ def test_solvers_for_pictures_do_not_clip_latents(tiny_sd: Any) -> None:
     assert make_scheduler(pipe, "ddim").config.clip_sample is True
 
 
-def test_dpm_is_the_second_order_multistep_solver_whatever_the_base_says(tiny_sd: Any) -> None:
-    pipe = tiny_sd()
+def test_dpm_is_the_second_order_multistep_solver_whatever_the_base_says(short_sd: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3)
     config = make_scheduler(pipe, "dpm++2m").config
     assert (config.algorithm_type, config.solver_order) == ("dpmsolver++", 2)
 
 
-def test_a_solver_that_cannot_run_zero_terminal_signal_is_refused(tiny_sd: Any) -> None:
-    pipe = tiny_sd()
+def test_a_solver_that_cannot_run_zero_terminal_signal_is_refused(short_sd: Any) -> None:
+    pipe = short_sd()
     pipe.scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     assert make_scheduler(pipe, "euler").config.rescale_betas_zero_snr is True
     with pytest.raises(
@@ -119,6 +119,6 @@ def test_a_solver_that_cannot_run_zero_terminal_signal_is_refused(tiny_sd: Any) 
         make_scheduler(pipe, "heun")
 
 
-def test_an_unknown_solver_is_refused_with_the_nearest(tiny_sd: Any) -> None:
+def test_an_unknown_solver_is_refused_with_the_nearest(short_sd: Any) -> None:
     with pytest.raises(UsageError, match=r"scheduler: unknown 'dmp\+\+2m'. Did you mean 'dpm\+\+2m'"):
-        make_scheduler(tiny_sd(), "dmp++2m")
+        make_scheduler(short_sd(), "dmp++2m")

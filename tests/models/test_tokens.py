@@ -40,7 +40,7 @@ def state(pipe: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["short_sd", "tiny_sdxl"])
 def test_prompt_embeddings_are_those_that_diffusers_makes_of_the_token(
     request: pytest.FixtureRequest, model: str, vectors: int
 ) -> None:
@@ -62,7 +62,7 @@ def test_prompt_embeddings_are_those_that_diffusers_makes_of_the_token(
         assert all(torch.equal(one, other) for one, other in zip(mine, wanted, strict=True))
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["short_sd", "tiny_sdxl"])
 def test_nothing_is_left_behind_also_after_an_error(request: pytest.FixtureRequest, model: str) -> None:
     pipe = request.getfixturevalue(model)()
     plain = encoded(pipe, "a <toy>")
@@ -76,10 +76,10 @@ def test_nothing_is_left_behind_also_after_an_error(request: pytest.FixtureReque
     assert all(torch.equal(one, other) for one, other in zip(encoded(pipe, "a <toy>"), plain, strict=True))
 
 
-def test_pipelines_that_share_the_parts_know_the_token_too(tiny_sd: Factory) -> None:
+def test_pipelines_that_share_the_parts_know_the_token_too(short_sd: Factory) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    pipe = tiny_sd()
+    pipe = short_sd()
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     with AddedTokens(pipe, {"<toy>": rows_for(pipe)}):
         assert torch.equal(encoded(pipe, "a <toy>")[0], encoded(other, "a <toy>")[0])
@@ -123,16 +123,16 @@ def test_ids_that_are_free_below_the_encoders_size_are_the_new_tokens() -> None:
     assert half.dtype == torch.float16
 
 
-def test_each_vector_of_a_token_counts_in_the_length_of_a_prompt(tiny_sd: Factory) -> None:
-    pipe = tiny_sd()
+def test_each_vector_of_a_token_counts_in_the_length_of_a_prompt(short_sd: Factory) -> None:
+    pipe = short_sd()
     with AddedTokens(pipe, {"<toy>": rows_for(pipe, 60)}):
         check_prompt(pipe, "<toy> abcdefghijklmno")
         with pytest.raises(UsageError, match="the prompt has 78 tokens"):
             check_prompt(pipe, "<toy> abcdefghijklmnop")
 
 
-def test_a_token_that_exists_is_refused(tiny_sd: Factory) -> None:
-    pipe = tiny_sd()
+def test_a_token_that_exists_is_refused(short_sd: Factory) -> None:
+    pipe = short_sd()
     # The fixture's pipelines share theirs.
     pipe.tokenizer = deepcopy(pipe.tokenizer)
     pipe.tokenizer.add_tokens(["<there>_1"])
@@ -146,16 +146,16 @@ def test_a_token_that_exists_is_refused(tiny_sd: Factory) -> None:
 
 @pytest.mark.parametrize("token", ["<Toy>", "My Toy", "ÉTÉ"])
 def test_a_token_is_found_as_it_is_spelled_and_written_out_with_all_its_vectors(
-    tiny_sd: Factory, token: str
+    short_sd: Factory, token: str
 ) -> None:
-    pipe = tiny_sd()
+    pipe = short_sd()
     with AddedTokens(pipe, {token: rows_for(pipe, 2)}):
         ids = pipe.tokenizer(pipe.maybe_convert_prompt(f"a {token}", pipe.tokenizer)).input_ids
     assert ids[-3:-1] == [514, 515]
 
 
-def test_what_is_no_token_is_refused(tiny_sd: Factory, tiny_sdxl: Factory) -> None:
-    pipe, xl = tiny_sd(), tiny_sdxl()
+def test_what_is_no_token_is_refused(short_sd: Factory, tiny_sdxl: Factory) -> None:
+    pipe, xl = short_sd(), tiny_sdxl()
     with pytest.raises(UsageError, match="'' cannot be a token: the tokenizer does not read it as one"):
         AddedTokens(pipe, {"": rows_for(pipe)})
     with pytest.raises(AdapterError, match="for text_encoder, the base model has text_encoder and text_enc"):
