@@ -6,6 +6,8 @@ The names below are loaded when they are first used, so that importing this pack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from studio.notices import leave_out_unneeded
+
 if TYPE_CHECKING:
     from studio.api import (
         Result,
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
         ZipSpec,
     )
     from studio.specs.composing import BakeSpec, CompareSpec, PlanSpec
+
+leave_out_unneeded()
 
 __version__ = "0.1.0"
 

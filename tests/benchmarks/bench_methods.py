@@ -38,6 +38,7 @@ from studio.assets.builder.measure import grid, labelled_prompts
 from studio.assets.builder.render import random_placement, render
 from studio.assets.builder.subjects import BACKGROUNDS, HELD_OUT_STYLES, HELD_OUT_SUBJECTS
 from studio.registry import TRAINERS
+from studio.specs import settable
 
 LESSONS = ("fox", "owl", "apple", "rocket", "turtle", "guitar", "house", "butterfly")
 """Subjects of the pictures that a style is learned from."""
@@ -61,6 +62,16 @@ class Setting:
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Return the method and its options; text encoders learn where they can."""
+        more = (
+            {"train_text_encoder": True}
+            if "train_text_encoder" in settable(studio.TrainSpec, self.method)
+            else {}
+        )
+        return {"method": self.method, **more, **self.options}
+
 
 SETTINGS = {
     "full": Setting("full", 1e-4, "a tenth of LoRA's: every weight moves"),
@@ -81,9 +92,7 @@ SETTINGS = {
     "moslora": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "moslora": True}),
     "lora-ga": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "init": "lora-ga"}),
     "eva": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "init": "eva"}),
-    "textual inversion": Setting(
-        "textual-inversion", 5e-3, "its own", {"token": "sks", "train_text_encoder": False}
-    ),
+    "textual inversion": Setting("textual-inversion", 5e-3, "its own", {"token": "sks"}),
     "pivotal": Setting("lora", 1e-3, "LoRA's", {"rank": 8, "token": "sks", "token_until": 0.5}),
 }
 CORE = ("full", "sara", "lora", "lokr")
@@ -175,16 +184,14 @@ def train(cell: Cell, folder: Path, device: str) -> studio.TrainResult:
         "data": folder / "data",
         "output": folder / "adapter.safetensors",
         "overwrite": True,
-        "method": setting.method,
         "steps": cell.course.steps,
         "batch_size": cell.course.batch_size,
         "learning_rate": setting.learning_rate,
         "text_encoder_learning_rate": setting.learning_rate,
-        "train_text_encoder": True,
         "seed": cell.seed,
         "device": device,
     }
-    return studio.train(studio.TrainSpec.model_validate(given | dict(setting.options)))
+    return studio.train(studio.TrainSpec.model_validate(given | setting.chosen))
 
 
 def belonging(result: studio.TrainResult, method: str) -> list[Path]:
@@ -293,9 +300,7 @@ def cost(names: Sequence[str], rounds: int) -> dict[str, Any]:
     """Return the line of what a step of each method costs on the starter, beside full fine-tuning."""
     providers = {FORWARD: Provider("forward")}
     for name in names:
-        setting = SETTINGS[name]
-        options = {"method": setting.method, "train_text_encoder": True, **setting.options}
-        providers[name] = Provider("studio", options)
+        providers[name] = Provider("studio", SETTINGS[name].chosen)
     return {"cell": cost_key(names), "rows": measure("starter", providers, rounds, baseline="full")}
 
 

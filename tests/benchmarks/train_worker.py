@@ -121,7 +121,7 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             for number in range(BATCH):
                 Image.effect_noise((side, side), 90).convert("RGB").save(Path(folder) / f"{number}.png")
-            given = {"data": folder, "prompt": "a photo of a dog", "output": Path(folder) / "a.safetensors"}
+            given = {"data": folder, "prompt": "a photo of sks dog", "output": Path(folder) / "a.safetensors"}
             given |= {"steps": 100_000, "batch_size": BATCH, "schedule": "constant", "learning_rate": 1e-5}
             given |= {"min_snr_gamma": None, "cache": "memory", "precision": "fp32", "device": "cpu"}
             train(self._pipe, TrainSpec.model_validate(given | dict(self._provider.options)), on_event=watch)
