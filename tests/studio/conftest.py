@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw
 
 
 @pytest.fixture(scope="session")
-def tiny_base(short_sd: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_base(tiny_sd: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a tiny SD 1.x base model."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    short_sd().save_pretrained(folder, safe_serialization=True)
+    tiny_sd().save_pretrained(folder, safe_serialization=True)
     return str(folder)
 
 
