@@ -148,9 +148,9 @@ def test_what_says_nothing_about_a_whole_model_is_refused(
 
 
 def test_file_of_another_base_is_made_one_of_this_on_request(
-    convert: Run, short_sd: Callable[[], Any], style: Path, tmp_path: Path
+    convert: Run, tiny_sd: Callable[[], Any], style: Path, tmp_path: Path
 ) -> None:
-    other = short_sd()
+    other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.bias += 1
     other.save_pretrained(tmp_path / "other")

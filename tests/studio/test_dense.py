@@ -120,9 +120,9 @@ def test_changes_of_every_kind_can_be_written_in_full(pipe: Any, kind: str, tmp_
 
 
 def test_another_base_is_refused_because_the_lengths_are_not_its_own(
-    file: Path, short_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = short_sd()
+    other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.bias += 1
     other.save_pretrained(tmp_path / "other")

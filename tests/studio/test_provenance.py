@@ -17,7 +17,7 @@ from studio.specs import AdapterUse, Event, GenerateSpec, adapter_names
 
 
 @pytest.fixture(scope="module")
-def drawn(tiny_base: str, short_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(tiny_base: str, tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a picture, drawn with a base and an adapter that lie beside it as files."""
     folder = tmp_path_factory.mktemp("drawn")
     shutil.copytree(tiny_base, folder / "base")
