@@ -97,7 +97,7 @@ def draw_all(
     settings = Settings.of(first)
     total = first.steps * len(specs)
     with ExitStack() as stack:
-        stack.enter_context(memory_told(_LESS_MEMORY))
+        stack.enter_context(memory_told(lambda: _LESS_MEMORY))
         pipe = base_to_draw(first, tell)
         stack.enter_context(quiet(pipe))
         sampler = stack.enter_context(solver(pipe, first.scheduler))

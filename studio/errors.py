@@ -4,7 +4,7 @@ A message says what happened, what was got, what was wanted and the way out.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -92,11 +92,11 @@ def memory_shortage(error: BaseException | None) -> str | None:
 
 
 @contextmanager
-def memory_told(way_out: str) -> Iterator[None]:
+def memory_told(way_out: Callable[[], str]) -> Iterator[None]:
     """Put one message in the place of an error that too little memory raises in a block.
 
     Args:
-        way_out: Sentences that say what takes less.
+        way_out: Returns sentences that say what takes less.
 
     Raises:
         MemoryShortage: In its place.
@@ -106,4 +106,4 @@ def memory_told(way_out: str) -> Iterator[None]:
     except Exception as error:
         if (what := memory_shortage(error)) is None:
             raise
-        raise MemoryShortage(f"{what}. {way_out}") from error
+        raise MemoryShortage(f"{what}. {way_out()}") from error

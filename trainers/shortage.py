@@ -1,30 +1,23 @@
 """Too little memory for a run: what takes less, and what is kept of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
-from studio.errors import MemoryShortage, memory_shortage
+from studio.errors import memory_told
 from studio.registry import TRAINERS
 from studio.specs.train import TrainSpec
 from studio.trainers.checkpoint import Checkpoints
 from studio.trainers.run_folder import RunFolder
 
 
-@contextmanager
-def shortage_told(spec: TrainSpec, device: torch.device) -> Iterator[None]:
+def shortage_told(spec: TrainSpec, device: torch.device) -> AbstractContextManager[None]:
     """Put one message in the place of an error that too little memory raises in a block of a run.
 
     Raises:
         MemoryShortage: In its place; says what takes less, and what of the run is kept.
     """
-    try:
-        yield
-    except Exception as error:
-        if (what := memory_shortage(error)) is None:
-            raise
-        raise MemoryShortage(f"{what}. {ways_out(spec, device)}{_kept(spec)}") from error
+    return memory_told(lambda: f"{ways_out(spec, device)}{_kept(spec)}")
 
 
 def ways_out(spec: TrainSpec, device: torch.device) -> str:

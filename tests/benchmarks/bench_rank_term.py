@@ -10,18 +10,15 @@ step takes on average where ``rank_every`` is 1. On the CPU times are CPU second
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_sparse_adamw import seconds, unet_shapes
+from bench_train_cost import machine
 from torch import Tensor
 
 from studio.trainers.nuclear_norm import LEAST_SIDE, nuclear_norm_gradient
@@ -84,22 +81,12 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     kinds = ("seconds", "svd_seconds") if args.svd else ("seconds",)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     facts = {
         "matrices": found.total(),
         "mean": {kind: sum(row["matrices"] * row[kind] for row in rows) / found.total() for kind in kinds},
         "rows": rows,
         "rounds": args.rounds,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine(args.device),
     }
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")

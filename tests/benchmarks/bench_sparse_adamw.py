@@ -10,12 +10,8 @@ CUDA they are those of events.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Any
 
 import diffusers
 import torch
+from bench_train_cost import machine
 from torch import Tensor
 
 from studio.kernels.sparse_adamw import SparsePlan, gather, scatter_, sparse_adamw_
@@ -251,23 +248,13 @@ def main() -> None:
             "state_bytes": case.state_bytes(),
             "why_not_triton": case.plan.why_not_triton(),
         }
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     facts = {
         "tensors": len(shapes),
         "parameters": sum(shape.numel() for shape in shapes),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "cases": cases,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine(args.device),
     }
     text = json.dumps(facts, indent=2)
     if args.json:
