@@ -18,7 +18,7 @@ from studio.drawing import Result, check_writable, draw_all, picture_paths
 from studio.errors import SpecError, UsageError
 from studio.generation import Stopped, quiet
 from studio.models.base import load_base
-from studio.models.device import free_memory, resolve_device
+from studio.models.device import release_memory, resolve_device
 from studio.prompt_settings import settled
 from studio.samples import draw_samples
 from studio.specs import AdapterUse, Event, GenerateSpec, OnEvent, TrainSpec
@@ -117,7 +117,7 @@ def train(
         spec = spec.model_copy(update={"cache_folder": workspace().encoded})
     with quiet(pipe):
         adapter = loop.train(pipe, spec, on_event=watch, stop=asked, sample=draw_samples)
-    free_memory()
+    release_memory()
     with processes.together():
         stopped = processes.any(bool(stops))
         seconds = time.monotonic() - start

@@ -13,7 +13,7 @@ from studio.composition import facts
 from studio.errors import BaseModelError
 from studio.models.base import find_base, fingerprint, load_base
 from studio.models.clip_skip import clip_skipped
-from studio.models.device import free_memory, resolve_device, resolve_dtype
+from studio.models.device import release_memory, resolve_device, resolve_dtype
 from studio.models.execution import attention, check_attention, check_offload, compiled, offloaded, tiled
 from studio.specs.events import OnEvent, silent
 from studio.trainers.processes import Processes
@@ -56,7 +56,7 @@ def cached_base(
     if key not in _BASES:
         while len(_BASES) >= _KEPT_BASES:
             _BASES.popitem(last=False)
-            free_memory()
+            release_memory()
         _BASES[key] = load_base(
             base, device=device, precision=precision, quantize_base=quantize_base, on_event=on_event
         )

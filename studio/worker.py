@@ -90,7 +90,7 @@ class Worker:
                     message = "Interrupted: the page was closed. Saved files are kept; retry it."
                     self.store.interrupt(job.id, message, self.name)
                 self.store.finish(job.id, self.name)
-        _free_memory()
+        _release_memory()
         log.info("job %d: %s", job.id, self.store.get(job.id).state)
 
     def _run(self, job: Job, *, stop: Callable[[], bool]) -> None:
@@ -127,11 +127,11 @@ def _carry_out(kind: Kind) -> Callable[..., Any]:
     return api.train if kind == "train" else api.generate
 
 
-def _free_memory() -> None:
+def _release_memory() -> None:
     """Let the next job have what this one held; importing torch takes seconds."""
-    from studio.models.device import free_memory
+    from studio.models.device import release_memory
 
-    free_memory()
+    release_memory()
 
 
 class _Watch:

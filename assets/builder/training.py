@@ -221,7 +221,9 @@ def _save(training: Training, state: Path, save: Callable[[Training], None] | No
 @contextmanager
 def _progress(training: Training, name: str) -> Iterator[Callable[[Training], None]]:
     """Show share done, steps and loss."""
-    with tqdm(total=100.0, desc=name, mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
+    shape = "{l_bar}{bar}| {elapsed} {postfix}"
+    # Hours pass between two per cent, and the loss is of interest all the while.
+    with tqdm(total=100.0, desc=name, mininterval=10, miniters=0, bar_format=shape) as bar:
 
         def show(now: Training) -> None:
             bar.n = min(100.0, 100 * now.schedule.progress(now.step, now.spent))

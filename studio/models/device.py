@@ -58,7 +58,7 @@ def has_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Let go of what only reference cycles hold, and of the memory that PyTorch keeps ready on a GPU."""
     gc.collect()
     for device in (torch.cuda, torch.mps):

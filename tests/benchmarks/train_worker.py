@@ -22,6 +22,7 @@ from PIL import Image
 
 import studio
 from studio.assets.builder.build import STARTER
+from studio.models.gradients import lean_convolutions
 from studio.specs import Event, TrainSpec
 from studio.trainers.loop import train
 
@@ -154,7 +155,8 @@ class Worker:
     def passes_loop(self) -> None:
         """Run both passes and free every gradient as it comes: less than that no method can do.
 
-        Frozen, the gradient passes through the network to its input, as it must to reach the first layers.
+        Frozen, the gradient passes through the network to its input, as it must to reach the first layers,
+        and convolutions keep nothing for gradients of their own weights.
         """
         unet = self._pipe.unet.train().requires_grad_(not self._provider.options["frozen"])
 
@@ -165,11 +167,12 @@ class Worker:
         for leaf in (*unet.parameters(), latents.requires_grad_(self._provider.options["frozen"])):
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(free)
-        while True:
-            found = unet(latents, *conditions, return_dict=False)[0]
-            loss = torch.nn.functional.mse_loss(found, latents.detach())
-            loss.backward()
-            self.pause(loss.item())
+        with lean_convolutions(unet):
+            while True:
+                found = unet(latents, *conditions, return_dict=False)[0]
+                loss = torch.nn.functional.mse_loss(found, latents.detach())
+                loss.backward()
+                self.pause(loss.item())
 
     def _inputs(self) -> tuple[Any, Any, Any]:
         config = self._pipe.unet.config
