@@ -13,10 +13,10 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from diffusers import DiffusionPipeline
 
 from studio.errors import TrainingError
+from studio.models.activations import fewer_kept
 from studio.models.clip_skip import check_clip_skip, clip_skipped
 from studio.models.device import has_bf16, resolve_device
 from studio.models.execution import attention, check_attention, compiled
-from studio.models.gradients import lean_convolutions
 from studio.models.quantization import quantization_of
 from studio.registry import nearest
 from studio.specs.train import TrainSpec
@@ -136,7 +136,7 @@ def execution(pipe: DiffusionPipeline, spec: TrainSpec) -> Iterator[None]:
     with (
         clip_skipped(pipe, spec.clip_skip),
         attention(pipe.unet, spec.attention),
-        lean_convolutions(pipe.unet),
+        fewer_kept(pipe.unet),
         compiled(pipe.unet, spec.compile),
         originals_on_cpu(pipe, spec.offload_encoders),
     ):

@@ -1,17 +1,12 @@
 """Gradients through a base: none for its own weights, and none that 16 bits round to zero or to infinity."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from studio.errors import BaseModelError
-from studio.models.shadow import shadowed
+from studio.models.activations import fewer_kept
 
 FIRST_FACTOR = 2.0**16
 LEAST_FACTOR = 2.0**-8
@@ -27,58 +22,11 @@ def frozen(network: nn.Module) -> Iterator[None]:
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.requires_grad_(False)
     try:
-        with lean_convolutions(network):
+        with fewer_kept(network):
             yield
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def lean_convolutions(network: nn.Module) -> Iterator[None]:
-    """Have convolutions keep nothing of their inputs while their weights are frozen.
-
-    torch keeps them for the weights' gradient, whether or not anybody asks for that. Results are the same
-    bits, gradients too.
-    """
-    with ExitStack() as stack:
-        for module in network.modules():
-            # Other paddings, and other classes, come to their results on a way of their own.
-            if (
-                type(module) is nn.Conv2d
-                and module.padding_mode == "zeros"
-                and not isinstance(module.padding, str)
-            ):
-                stack.enter_context(shadowed(module, {"_conv_forward": partial(_convolve, module)}))
-        yield
-
-
-def _convolve(module: nn.Conv2d, pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Stand for a convolution's ``_conv_forward``."""
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if learns or not pixels.requires_grad or not torch.is_grad_enabled():
-        return nn.Conv2d._conv_forward(module, pixels, weight, bias)
-    settings = module.stride, module.padding, module.dilation, module.groups
-    convolved: Tensor = _FrozenConvolution.apply(pixels, weight, bias, *settings)
-    return convolved
-
-
-class _FrozenConvolution(torch.autograd.Function):
-    """A convolution of which only the gradient by its input is asked for: its size is all that this takes."""
-
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.size, ctx.settings = pixels.shape, settings
-        return F.conv2d(pixels, weight, bias, *settings)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        (slope,) = slopes
-        # Autocast may have convolved in another type than that of the weights.
-        found = conv2d_input(ctx.size, weight.to(slope.dtype), slope, *ctx.settings)
-        return (found, None, None, *(None for _ in ctx.settings))
 
 
 class GradientScale:

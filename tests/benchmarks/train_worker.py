@@ -22,7 +22,7 @@ from PIL import Image
 
 import studio
 from studio.assets.builder.build import STARTER
-from studio.models.gradients import lean_convolutions
+from studio.models.activations import fewer_kept
 from studio.specs import Event, TrainSpec
 from studio.trainers.loop import train
 
@@ -156,7 +156,7 @@ class Worker:
         """Run both passes and free every gradient as it comes: less than that no method can do.
 
         Frozen, the gradient passes through the network to its input, as it must to reach the first layers,
-        and convolutions keep nothing for gradients of their own weights.
+        and the fewest activations are kept.
         """
         unet = self._pipe.unet.train().requires_grad_(not self._provider.options["frozen"])
 
@@ -167,7 +167,7 @@ class Worker:
         for leaf in (*unet.parameters(), latents.requires_grad_(self._provider.options["frozen"])):
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(free)
-        with lean_convolutions(unet):
+        with fewer_kept(unet):
             while True:
                 found = unet(latents, *conditions, return_dict=False)[0]
                 loss = torch.nn.functional.mse_loss(found, latents.detach())
