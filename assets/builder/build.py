@@ -67,7 +67,12 @@ class Workshop:
         """Return renders and textures ``[N, 3, size, size]`` uint8 for the autoencoder."""
         recipe, size = self.recipe, self.recipe.size
         pictures = render_many(
-            renders, seed=seed, size=size, vocabulary=recipe.vocabulary, workers=self.workers
+            renders,
+            seed=seed,
+            size=size,
+            vocabulary=recipe.vocabulary,
+            cells=recipe.cells,
+            workers=self.workers,
         ).pixels
         if not textures:
             return pictures
@@ -170,6 +175,7 @@ def encode_renders(shop: Workshop, vae: AutoencoderKL) -> dict[str, Tensor]:
                 size=recipe.size,
                 vocabulary=recipe.vocabulary,
                 framed=recipe.sdxl,
+                cells=recipe.cells,
                 workers=shop.workers,
             )
             for chunk in renders.pixels.split(1024):

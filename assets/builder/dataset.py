@@ -45,6 +45,7 @@ class _Job:
     vocabulary: str
     held_out: bool
     framed: bool
+    cells: int | None
 
 
 def frame(
@@ -92,7 +93,7 @@ def _render_chunk(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             subject, style, ground = rng.choice(subjects), rng.choice(styles), rng.choice(grounds)
         else:
             (subject, style), ground = rng.choice(shown), rng.choice(list(words.backgrounds))
-        draw = partial(_draw, subject.name, style, ground, random_placement(rng))
+        draw = partial(_draw, subject.name, style, ground, random_placement(rng, cells=job.cells))
         if job.framed:
             picture, time_ids[row] = frame(draw, rng, size=job.size)
         else:
@@ -128,6 +129,7 @@ def render_many(
     vocabulary: Vocabulary = SHIPPED,
     held_out: bool = False,
     framed: bool = False,
+    cells: int | None = None,
     workers: int = 2,
 ) -> Renders:
     """Render ``count`` random pictures.
@@ -139,9 +141,10 @@ def render_many(
         vocabulary: What is drawn.
         held_out: Draw from the held-out subjects, styles, backgrounds and pairs too (the evaluator).
         framed: Make some pictures soft and cut some, and say so in their time ids; see ``frame``.
+        cells: Align subjects to a grid of so many cells to a side; see ``random_placement``.
         workers: Processes; 1 renders in this one.
     """
-    jobs = _jobs(count, _Job(seed, count, size, vocabulary.name, held_out, framed))
+    jobs = _jobs(count, _Job(seed, count, size, vocabulary.name, held_out, framed, cells))
     pixels, labels, time_ids = zip(*_in_processes(_render_chunk, jobs, workers), strict=True)
     return Renders(
         _pixels(list(pixels)),
@@ -157,5 +160,5 @@ def _texture_chunk(job: _Job) -> np.ndarray:
 
 def texture_many(count: int, *, seed: int, size: int, workers: int = 2) -> Tensor:
     """Return ``[count, 3, size, size]`` uint8 textures, the same for one seed and count."""
-    jobs = _jobs(count, _Job(seed, count, size, SHIPPED.name, False, False))
+    jobs = _jobs(count, _Job(seed, count, size, SHIPPED.name, False, False, None))
     return _pixels(_in_processes(_texture_chunk, jobs, workers))

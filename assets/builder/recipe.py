@@ -28,6 +28,7 @@ class Recipe:
         unet_schedule: Training of the UNet.
         decoder_batch: Pictures per step of the decoder.
         batch: Samples per step of the UNet.
+        aligned: Whether subjects sit on the grid of the autoencoder's patches.
     """
 
     name: str
@@ -44,6 +45,12 @@ class Recipe:
     unet_schedule: Schedule
     decoder_batch: int
     batch: int
+    aligned: bool = False
+
+    @property
+    def cells(self) -> int | None:
+        """Cells of the grid that subjects are aligned to."""
+        return self.size // self.autoencoder.patch if self.aligned else None
 
     @property
     def sdxl(self) -> bool:
@@ -121,6 +128,7 @@ STARTER = Recipe(
     unet_schedule=Schedule(steps=30_000, rate=1e-3, warmup=500, ema=0.999),
     decoder_batch=64,
     batch=512,
+    aligned=True,
 )
 
 STARTER_XL = replace(

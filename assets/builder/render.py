@@ -13,6 +13,9 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from studio.assets.builder.sprites import SPRITES
 from studio.assets.builder.subjects import FULL
 
+_SIDES = (0.72, 0.9)
+"""Smallest and largest side of a subject, in sides of the picture."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -24,9 +27,21 @@ class Placement:
     mirror: bool = False
 
 
-def random_placement(rng: random.Random) -> Placement:
-    """Draw a placement with moderate jitter, so that a small model can learn shapes in few samples."""
-    scale = rng.uniform(0.72, 0.9)
+def random_placement(rng: random.Random, *, cells: int | None = None) -> Placement:
+    """Draw a placement with moderate jitter, so that a small model can learn shapes in few samples.
+
+    Args:
+        rng: Source of the choice.
+        cells: Align the subject to a grid of so many cells to a side. Where the cells are an autoencoder's
+            patches, a subject gives the same latents wherever it sits: far fewer to learn.
+    """
+    if cells:
+        margins = [width for width in range(1, cells) if _SIDES[0] <= 1 - 2 * width / cells <= _SIDES[1]]
+        margin = rng.choice(margins)
+        # One cell of background stays at every border.
+        dx, dy = (rng.randint(1 - margin, margin - 1) / cells for _ in range(2))
+        return Placement(1 - 2 * margin / cells, dx, dy, rng.random() < 0.5)
+    scale = rng.uniform(*_SIDES)
     room = (1 - scale) / 2
     return Placement(
         scale, rng.uniform(-room, room) * 0.7, rng.uniform(-room, room) * 0.7, rng.random() < 0.5
