@@ -10,14 +10,13 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from studio.adapters.adapter import Adapter
 from studio.errors import OutputError
+from studio.whole_file import whole_file
 from studio.workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -53,16 +52,9 @@ def put(kind: str, key: str, value: Mapping[str, Any]) -> None:
     """
     document = {"version": VERSION, "kind": kind, "key": key, "value": value, "sha256": _digest(value)}
     try:
-        path = _path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
-        try:
+        with whole_file(_path(kind, key)) as unfinished:
             unfinished.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            # Gone after the rename.
-            unfinished.unlink(missing_ok=True)
-    except (OSError, OutputError) as error:
+    except OutputError as error:
         logger.warning("a measured fact (%s) cannot be kept, it will be measured again: %s", kind, error)
 
 

@@ -5,7 +5,6 @@ is JSON ``{"format": 1, "spec": {...}, "facts": {...}}`` with everything that de
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import compress
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from studio import __version__
-from studio.errors import OutputError, SpecError, UsageError
+from studio.errors import SpecError, UsageError
 from studio.models.prompt_syntax import escaped
 from studio.specs import GenerateSpec, parse_spec
+from studio.whole_file import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,13 +144,8 @@ def write_png(image: "Image", path: Path, spec: GenerateSpec, facts: Facts) -> s
     chunks = PngInfo()
     chunks.add_text("parameters", text)
     chunks.add_text("studio", json.dumps(document))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=chunks)
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from None
     return text
 
 

@@ -14,10 +14,11 @@ from studio.data.batches import derived_seed
 from studio.data.dataset import class_treatment
 from studio.data.folder import read_pictures
 from studio.data.picture import PictureSet
-from studio.errors import OutputError, TrainingError
+from studio.errors import TrainingError
 from studio.specs.events import Event, OnEvent
 from studio.specs.train import TrainSpec
 from studio.trainers.run_folder import RunFolder
+from studio.whole_file import whole_file
 
 DrawFunction = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 """Draws one picture of the plain base for each prompt and seed, as one batch."""
@@ -93,12 +94,7 @@ def _complete(path: Path) -> bool:
 
 
 def _write(path: Path, image: Image.Image, prompt: str) -> None:
-    unfinished = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
         image.save(unfinished, format="PNG")
-        unfinished.replace(path)
+    with whole_file(path.with_suffix(".txt")) as unfinished:
         unfinished.write_text(prompt, encoding="utf-8")
-        unfinished.replace(path.with_suffix(".txt"))
-    except OSError as error:
-        raise OutputError(f"cannot write the class picture {path}: {error.strerror or error}.") from None

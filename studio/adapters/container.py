@@ -1,6 +1,5 @@
 """Write a safetensors file whole or not at all."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from torch import Tensor
 from studio.adapters.header import encode_header
 from studio.adapters.metadata import hashes
 from studio.errors import OutputError
+from studio.whole_file import whole_file
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -46,20 +46,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     data = memoryview(packed)[start:]
     # The library writes metadata in random order, so the header is encoded anew.
     header = encode_header(entries, {**metadata, **hashes(entries, data, metadata)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(header)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space or choose another folder."
-        ) from None
-    finally:
-        # Gone after the rename; where even this fails, the first error has said why.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(header)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -10,13 +10,14 @@ from studio.batches.grid import SHEET, lay_out
 from studio.batches.lines import Wanted, read_lines, shared_settings, wanted_pictures
 from studio.batches.manifest import NAME, Manifest
 from studio.drawing import Result, check_writable
-from studio.errors import OutputError, SpecError, StudioError
+from studio.errors import SpecError, StudioError
 from studio.generation import Stopped
 from studio.models.device import resolve_device
 from studio.png import NOT_OF_THE_PICTURE, read_spec
 from studio.specs import BatchSpec, Event, GridSpec, OnEvent
 from studio.specs.events import silent
 from studio.trainers.processes import Processes, join
+from studio.whole_file import whole_file
 
 S = TypeVar("S", BatchSpec, GridSpec)
 
@@ -121,10 +122,8 @@ def draw_grid(
     result = _drawn(grid.pictures, spec, processes, on_event or silent, stop)
     if result.stopped or not result.main:
         return result
-    try:
-        grid.sheet().save(path, optimize=True)
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from None
+    with whole_file(path) as unfinished:
+        grid.sheet().save(unfinished, format="PNG", optimize=True)
     return replace(result, grid=path)
 
 

@@ -31,6 +31,7 @@ from studio.models.blocks import attention_blocks, choose_blocks
 from studio.models.clip import ClipSimilarity
 from studio.models.prompts import check_prompt
 from studio.specs import Event, OnEvent, ProbeSpec
+from studio.whole_file import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,9 +73,12 @@ def probe(spec: ProbeSpec, *, on_event: OnEvent | None = None) -> ProbeReport:
         probed.run(on_event or (lambda event: None))
     rows = probed.rows()
     facts = _circumstances(spec, pipe) | {"rows": [asdict(row) for row in rows], "pairs": probed.pair_facts()}
-    table.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    draw_looks(probed.pictures, [probed.title(place) for place in probed.columns]).save(grid, optimize=True)
-    draw_bars(rows).save(bars, optimize=True)
+    looks = draw_looks(probed.pictures, [probed.title(place) for place in probed.columns])
+    for picture, path in ((looks, grid), (draw_bars(rows), bars)):
+        with whole_file(path) as unfinished:
+            picture.save(unfinished, format="PNG", optimize=True)
+    with whole_file(table) as unfinished:
+        unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return ProbeReport(rows, table, grid, bars)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from studio.commands import say
 from studio.errors import OutputError
 from studio.flags import Parser, read_toml
+from studio.whole_file import whole_file
 
 
 def run(parser: Parser, argv: Sequence[str]) -> int:
@@ -25,7 +26,8 @@ def run(parser: Parser, argv: Sequence[str]) -> int:
     parse_spec(TrainSpec, settings)
     notes = [f"{name}: {reason}." for name, reason in sorted(left.items())]
     head = [f"# From kohya's {given.file.name}.", *(f"# Not taken over: {note}" for note in notes), ""]
-    given.output.write_text("\n".join(head) + tomlkit.dumps(settings), encoding="utf-8")
+    with whole_file(given.output) as unfinished:
+        unfinished.write_text("\n".join(head) + tomlkit.dumps(settings), encoding="utf-8")
     say(*(f"not taken over: {note}" for note in notes))
     print(given.output)
     return 0

@@ -14,7 +14,7 @@ from studio.composing.planning import load_adapters, weights_of
 from studio.composition.cost import PictureCost
 from studio.composition.engine import Composition, compose
 from studio.drawing import check_writable
-from studio.errors import OutputError, StudioError
+from studio.errors import StudioError
 from studio.generation import Settings, Stopped, draw, quiet, solver
 from studio.models.prompt_encoding import reading_prompts
 from studio.plots import GridRow, draw_grid
@@ -22,6 +22,7 @@ from studio.prompt_settings import settled
 from studio.provenance import differences, facts_of
 from studio.specs import Event, GenerateSpec, OnEvent
 from studio.specs.composing import CompareSpec
+from studio.whole_file import whole_file
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -128,11 +129,9 @@ def compare(
         "device": str(pipe.device),
         "rows": [asdict(row) for row in contest.rows],
     }
-    try:
-        contest.grid().save(spec.grid, optimize=True)
-        table.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write '{spec.grid}': {error.strerror or error}.") from None
+    with whole_file(spec.grid) as picture, whole_file(table) as text:
+        contest.grid().save(picture, format="PNG", optimize=True)
+        text.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     tell(Event(kind="finished", path=spec.grid))
     return CompareReport(tuple(contest.rows), spec.grid, table)
 

@@ -20,7 +20,6 @@ Paths of adapters and masks are relative to the document, and so is a base that 
 a single picture stands here, such as its prompt.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from studio.png import read_spec
 from studio.registry import COMPOSERS
 from studio.specs import CompositionSpec, Options, adapter_names, parse_spec
 from studio.specs.choice import NONE
+from studio.whole_file import whole_file
 
 VERSION = 1
 _FIELDS = frozenset(CompositionSpec.model_fields)
@@ -92,14 +92,8 @@ def write_composition(spec: CompositionSpec, path: str | Path, *, overwrite: boo
     if path.exists() and not overwrite:
         raise OutputError(f"'{path}' exists. Choose another output or give --overwrite.")
     text = tomlkit.dumps(_document(spec, path.parent))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from None
     return path
 
 

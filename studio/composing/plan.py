@@ -4,10 +4,11 @@ from studio.bases import cached_base, known_fingerprint
 from studio.composing.picture import draw_timeline
 from studio.composing.planning import Planned, plan_of, reads_prompt, tell_differences
 from studio.composing.timeline import Timeline, timeline
-from studio.errors import BaseNeeded, OutputError
+from studio.errors import BaseNeeded
 from studio.inspection import refuse_existing
 from studio.specs import Event, OnEvent
 from studio.specs.composing import PlanSpec
+from studio.whole_file import whole_file
 
 
 def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
@@ -37,11 +38,8 @@ def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
         tell(Event(kind="message", message=message))
     found = timeline(_planned(spec, tell).plan, spec.steps)
     if spec.picture:
-        try:
-            spec.picture.parent.mkdir(parents=True, exist_ok=True)
-            draw_timeline(found).save(spec.picture, optimize=True)
-        except OSError as error:
-            raise OutputError(f"cannot write '{spec.picture}': {error.strerror or error}.") from None
+        with whole_file(spec.picture) as unfinished:
+            draw_timeline(found).save(unfinished, format="PNG", optimize=True)
         tell(Event(kind="picture", path=spec.picture))
     return found
 

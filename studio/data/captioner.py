@@ -1,6 +1,5 @@
 """Captions written by a model that looks at the pictures: any image-to-text model of transformers."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from studio.data.captions import caption_file, one_line
 from studio.data.decode import open_picture
 from studio.data.folder import Subset, list_pictures
 from studio.data.layouts import find_subsets
-from studio.errors import BaseModelError, DataError, OutputError, UsageError
+from studio.errors import BaseModelError, DataError, UsageError
 from studio.models.base import bars_off
 from studio.models.device import resolve_device, resolve_dtype
 from studio.specs.events import Event, OnEvent
+from studio.whole_file import whole_file
 
 
 class Captioner(Protocol):
@@ -220,10 +220,6 @@ def _caption(path: Path, model: Captioner) -> str:
 
 
 def _write(file: Path, text: str) -> Path:
-    unfinished = file.with_name(f"{file.name}.part")
-    try:
+    with whole_file(file) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise OutputError(f"cannot write the caption {file}: {error.strerror or error}.") from None
     return file

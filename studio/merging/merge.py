@@ -18,7 +18,7 @@ from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.merge import merge_adapters
 from studio.adapters.parameters import components_of, find_parameter
 from studio.composition.fit import tokens_of
-from studio.errors import AdapterError, OutputError
+from studio.errors import AdapterError
 from studio.inspection import refuse_existing
 from studio.merging.outputs import described, inherited_facts, write_with_tokens
 from studio.merging.picture import draw_curves
@@ -27,6 +27,7 @@ from studio.models.base import load_base
 from studio.models.device import resolve_dtype
 from studio.specs import AdapterUse, Event, MergeSpec, OnEvent, adapter_names
 from studio.specs.events import silent
+from studio.whole_file import whole_file
 
 # Without a base, the kernel of other kinds is not known, or their changes depend on its weights.
 _WITHOUT_BASE = (LoraChange, FullChange, SparseChange)
@@ -140,10 +141,5 @@ def _facts(
 
 
 def _draw(report: MergeReport, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_curves(report).save(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Choose another place."
-        ) from None
+    with whole_file(path) as unfinished:
+        draw_curves(report).save(unfinished, format="PNG")

@@ -242,7 +242,7 @@ def test_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os if failing == "fsync" else Path, failing, full)
+    monkeypatch.setattr(os, failing, full)
     old = tmp_path / "a.safetensors"
     old.write_text("precious")
     with pytest.raises(OutputError, match=r"cannot be written: No space left on device. Free some space"):

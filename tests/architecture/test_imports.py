@@ -19,7 +19,7 @@ FOLDERS = {
     "trainers": "studio.trainers",
     "ui": "studio.ui",
 }
-SHARED = ("studio.errors", "studio.registry", "studio.specs")
+SHARED = ("studio.errors", "studio.registry", "studio.specs", "studio.whole_file")
 CORE = ("studio.adapters", "studio.data", "studio.models")
 # From each part to the parts that it may import, itself apart.
 ALLOWED = {
@@ -27,6 +27,7 @@ ALLOWED = {
     "studio.errors": (),
     "studio.registry": ("studio.errors",),
     "studio.workspace": ("studio.errors",),
+    "studio.whole_file": ("studio.errors",),
     "studio.specs": ("studio.errors", "studio.registry"),
     **dict.fromkeys(CORE, (*SHARED, *CORE, "studio.kernels")),
     "studio.assets": (*SHARED, *CORE, "studio.kernels"),

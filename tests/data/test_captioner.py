@@ -193,10 +193,17 @@ def test_a_stop_keeps_what_is_written(folder: Path) -> None:
     assert result.stopped and result.written == (folder / "a.txt",) and len(texts(folder)) == 2
 
 
-def test_a_caption_that_cannot_be_written_is_one_clear_error(folder: Path) -> None:
-    (folder / "a.txt.part").mkdir()
-    with pytest.raises(OutputError, match=r"cannot write the caption .*a\.txt"):
+def test_a_caption_that_cannot_be_written_is_one_clear_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match=r"a\.txt cannot be written: No space left.*Free some space"):
         caption_folder(folder, seen)
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", ["blip", "joined", "chat"])

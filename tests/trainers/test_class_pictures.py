@@ -113,7 +113,7 @@ def test_an_unwritable_folder_is_one_clear_error(spec: Spec) -> None:
     run = spec(**DRAWN)
     class_folder(run).parent.mkdir(parents=True)
     class_folder(run).write_text("in the way")
-    with pytest.raises(OutputError, match="cannot write the class picture"):
+    with pytest.raises(OutputError, match="cannot be written"):
         drawn(run, Painter())
 
 
