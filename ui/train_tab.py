@@ -81,7 +81,7 @@ class TrainTab:
         self.drop.change(
             self._take_pictures,
             inputs=self.drop,
-            outputs=[self.folder, self.gallery, self.panel.message],
+            outputs=[*self.set, self.panel.message],
             **quiet,
         )
 
@@ -148,23 +148,22 @@ class TrainTab:
     @property
     def restored(self) -> list[Any]:
         """What ``restore`` returns updates for."""
-        filled = [self.folder, self.gallery, self.name, self.settled, *self.form.components]
+        filled = [*self.set, self.name, self.settled, *self.form.components]
         return [*filled, *self.panel.outputs]
 
     def restore(self) -> list[Any]:
         """Return everything as the newest job left it, for a page that was just loaded."""
         story = self.follower.latest("train")
         if story is None:
-            return [*(gr.skip() for _ in range(4 + len(self.form.fields))), *self.panel.refresh({})]
+            return [*(gr.skip() for _ in range(5 + len(self.form.fields))), *self.panel.refresh({})]
         spec = story.job.spec
         folder, name = Path(spec["data"]), Path(spec["output"]).stem
-        filled = [str(folder), captioned(folder), name, method_of(spec), *self.form.write(spec)]
+        filled = [*self._shown(folder), name, method_of(spec), *self.form.write(spec)]
         return [*filled, *self.panel.refresh({})]
 
     def _pictures(self) -> None:
         self.folder = gr.State(str(self.example) if self.example else None)
-        example = ": the example, until you drop your own" if self.example else ""
-        gr.HTML(f"<h2>Pictures to learn<small>{example}</small></h2>")
+        self.heading = gr.HTML(self._heading(self.example))
         self.gallery = gr.Gallery(
             captioned(self.example),
             show_label=False,
@@ -176,6 +175,7 @@ class TrainTab:
             elem_id="train-set",
             elem_classes="thumbs",
         )
+        self.set = [self.folder, self.gallery, self.heading]
         self.drop = gr.File(
             label="Your pictures, captions as .txt files",
             file_count="multiple",
@@ -269,12 +269,21 @@ class TrainTab:
         panel.follow("use", self.use, written, lambda story: gr.update(interactive=bool(written(story))))
         panel.report("Report")
 
-    def _take_pictures(self, uploaded: list[str] | None) -> tuple[Any, Any, Any]:
+    def _take_pictures(self, uploaded: list[str] | None) -> list[Any]:
         try:
             folder = keep_uploads(self.space, uploaded) if uploaded else self.example
         except StudioError as error:
-            return None, [], notice(str(error))
-        return str(folder) if folder else None, captioned(folder), ""
+            return [*self._shown(None), notice(str(error))]
+        return [*self._shown(folder), ""]
+
+    def _shown(self, folder: Path | None) -> list[Any]:
+        """Return what the components of the set say of a folder of pictures."""
+        return [str(folder) if folder else None, captioned(folder), self._heading(folder)]
+
+    def _heading(self, folder: Path | None) -> str:
+        example = folder is not None and folder == self.example
+        note = ": the example, until you drop your own" if example else ""
+        return f"<h2>Pictures to learn<small>{note}</small></h2>"
 
     def _free_path(self, name: str) -> Path:
         """Return the adapter file of that name, with a number if it exists or another job may write it."""
