@@ -6,7 +6,7 @@ from typing import Any
 
 from studio.adapters.adapter import Adapter
 from studio.composition.plan import BaseInfo, Composer, Modifier, Plan, Request
-from studio.errors import CompositionError
+from studio.errors import CompositionError, UsageError
 from studio.registry import COMPOSERS, MODIFIERS
 from studio.specs import Options as MethodOptions
 from studio.specs import parse_spec
@@ -30,7 +30,15 @@ class Planner:
     def plan(self, request: Request | None = None) -> Plan:
         """Return the plan of the method as the modifiers change it."""
         names = list(self.adapters)
-        taken = {name for modifier in self.modifiers for name in modifier.takes(names)}
+        taken: set[str] = set()
+        for modifier in self.modifiers:
+            own = set(modifier.takes(names))
+            if twice := sorted(own & taken):
+                raise CompositionError(
+                    f"'{twice[0]}' is given to two modifiers, which each say how it acts instead of the "
+                    "method. Leave it to one of them."
+                )
+            taken |= own
         shown = {name: adapter for name, adapter in self.adapters.items() if name not in taken}
         weights = {name: self.weights[name] for name in shown}
         plan = self.composer.prepare(shown, weights, self.base, request)
@@ -62,11 +70,15 @@ def make_modifiers(given: Mapping[str, Mapping[str, Any] | MethodOptions]) -> li
     Raises:
         UsageError: If a modifier or one of its options does not exist.
     """
+    if not isinstance(given, Mapping):
+        raise UsageError(f"modifiers: give options by name, such as {{'cache': {{}}}}, got {given!r}.")
     made = [_made(MODIFIERS[name], options) for name, options in given.items()]
     return sorted(made, key=lambda modifier: modifier.outermost)
 
 
 def _made(kind: Any, options: Mapping[str, Any] | MethodOptions | None) -> Any:
     if not isinstance(options, kind.Options):
+        if not isinstance(options or {}, Mapping):
+            raise UsageError(f"options of a method or modifier are given by name, got {options!r}.")
         options = parse_spec(kind.Options, dict(options or {}))
     return kind(options)

@@ -15,7 +15,7 @@ from studio.batches.manifest import Manifest
 from studio.batches.run import draw_batch, draw_grid, written
 from studio.composition.engine import compose
 from studio.drawing import Result, check_writable, draw_all, picture_paths
-from studio.errors import SpecError, UsageError
+from studio.errors import OutputError, SpecError, UsageError
 from studio.generation import Stopped, quiet
 from studio.models.base import load_base
 from studio.models.device import release_memory, resolve_device
@@ -31,6 +31,8 @@ from studio.trainers.shortage import shortage_told
 from studio.workspace import workspace
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from studio.adapters.adapter import Adapter
     from studio.specs.execution import Attention, Offload, Quantization
 
@@ -122,9 +124,7 @@ def train(
         stopped = processes.any(bool(stops))
         seconds = time.monotonic() - start
         if processes.main:
-            files = save_trained(
-                adapter, spec.output, spec, base=pipe, started=started, overwrite=spec.may_replace
-            )
+            files = _saved(adapter, spec, pipe, started=started)
             events = [
                 Event(kind="saved", path=path, part=part, message=f"wrote {path}")
                 for part, path in files.items()
@@ -134,6 +134,27 @@ def train(
                 RunFolder(spec.output).record(event)
                 tell(event)
     return TrainResult(spec.output, adapter, tuple(losses), seconds, stopped, parts, processes.main)
+
+
+def _saved(
+    adapter: "Adapter", spec: TrainSpec, pipe: "DiffusionPipeline", *, started: float
+) -> dict[str, Path]:
+    """Write a trained adapter; where that fails now, after all the work, into the run's folder.
+
+    Raises:
+        OutputError: If it cannot be written to the output; names the file that it is in instead.
+    """
+    try:
+        return save_trained(
+            adapter, spec.output, spec, base=pipe, started=started, overwrite=spec.may_replace
+        )
+    except OutputError as error:
+        path = RunFolder(spec.output).adapters / spec.output.name
+        try:
+            save_trained(adapter, path, spec, base=pipe, started=started, overwrite=True)
+        except OutputError:
+            raise error from None
+        raise OutputError(f"{error} The adapter is kept as {path}.") from None
 
 
 def generate(

@@ -19,7 +19,7 @@ from studio.adapters.kinds.sparse import SparseChange
 from studio.adapters.origin import check_origin, origin_facts
 from studio.adapters.parameters import components_of, find_parameter
 from studio.adapters.reference_sara import read_reference
-from studio.errors import OutputError, UsageError
+from studio.errors import AdapterError, OutputError, UsageError
 from studio.models.base import bars_off, load_base
 from studio.models.device import resolve_dtype
 
@@ -110,6 +110,11 @@ def merge_into_base(
         raise OutputError(f"'{folder}' exists. Give the name of a folder to be made.")
     pipe = load_base(base, device="cpu", precision="fp32")
     adapter = _read(source, pipe, any_base=any_base, reference=reference)
+    if adapter.tokens:
+        raise AdapterError(
+            f"{source} holds the token '{next(iter(adapter.tokens))}', which is no change of weights, so a "
+            "model cannot take it in. Hand the file on beside the model."
+        )
     bank = WeightBank(components_of(pipe), adapter.changes)
     bank.apply({name: [(change, 1.0)] for name, change in adapter.changes.items()})
     _save(pipe, folder, dtype=resolve_dtype(precision or "fp32"))

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from studio.errors import SpecError, UsageError
 from studio.registry import nearest
 from studio.specs import MethodSpec, allows_none, settable
-from studio.specs.base import Flag, alternatives, is_mapping, is_sequence, problems_of
+from studio.specs.base import Flag, alternatives, is_mapping, is_sequence, problems_of, still_meant
 from studio.specs.groups import grouped
 
 S = TypeVar("S", bound=BaseModel)
@@ -64,15 +64,9 @@ def read_spec_arguments(
     """
     config, method = _early(argv)
     above = _flat(read_toml(config) if config else {})
-    wanted = method or above.get("method")
     below = _flat(given or {})
-    if wanted and wanted != below.get("method"):
-        # Of the options of another method only those mean anything that the wanted one has, too.
-        known = settable(spec_type, str(wanted))
-        below = {name: value for name, value in below.items() if name in known}
-    below |= above
     if issubclass(spec_type, MethodSpec):
-        method = method or str(below.get("method") or spec_type.model_fields["method"].default)
+        method = method or str((below | above).get("method") or spec_type.model_fields["method"].default)
     add_fields(parser, spec_type, method)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with any of these options; flags win."
@@ -85,7 +79,8 @@ def read_spec_arguments(
         if name in fields
     }
     problems = _unknown(parser, rest)
-    merged = {**below, **flags}
+    later = {**above, **flags}
+    merged = {**still_meant(spec_type, below, later), **later}
     try:
         spec = spec_type.model_validate(merged)
     except ValidationError as error:

@@ -125,6 +125,10 @@ def translated(given: Mapping[str, Any]) -> tuple[Values, Left]:
     ours: Values = {"method": "lora", "output": str(Path(rest.pop("output_dir", "")) / _file(rest))}
     for part in (_layers, _optimizer, _schedule, _pictures, _machine):
         ours |= part(rest, left)
+    if "optimizer_type" in left:
+        for name in ("learning_rate", "text_encoder_learning_rate"):
+            if ours.pop(name, None) is not None:
+                left[name] = "it was meant for that optimizer"
     ours |= {SAME[name]: rest.pop(name) for name in list(rest) if name in SAME}
     ours["min_snr_gamma"] = ours["min_snr_gamma"] or "none"
     for name, value in rest.items():
@@ -155,13 +159,18 @@ def _layers(rest: Values, left: Left) -> Values:
 def _optimizer(rest: Values, left: Left) -> Values:
     asked = rest.pop("optimizer_type", "AdamW8bit" if rest.pop("use_8bit_adam", False) else "AdamW")
     if str(asked).lower() not in OPTIMIZERS:
-        left["optimizer_type"] = f"'{asked}' is not among the optimizers"
+        left["optimizer_type"] = (
+            "kohya's finds its rate itself, ours is given one: set optimizer and learning_rate"
+            if str(asked).lower() == "adafactor"
+            else f"'{asked}' is not among the optimizers"
+        )
         rest.pop("optimizer_args", None)
         return {}
     name = OPTIMIZERS[str(asked).lower()]
     found: Values = {"optimizer": name}
     options: Values = dict(OWN_OPTIONS.get(name, {}))
-    for entry in rest.pop("optimizer_args", ()):
+    given = rest.pop("optimizer_args", ())
+    for entry in given.split() if isinstance(given, str) else given:
         key, _, value = (word.strip() for word in entry.partition("="))
         options[OPTIONS.get(key, key)] = value
     if "weight_decay" in options:
@@ -189,10 +198,14 @@ def _schedule(rest: Values, left: Left) -> Values:
         found["loss"] = loss
     else:
         left["loss_type"] = f"'{loss}' changes with the timestep there; loss 'huber' does not"
+    share = 0 < rest["lr_warmup_steps"] < 1
     if "max_train_epochs" in rest:
         # It wins over the steps.
         del rest["max_train_steps"]
-    elif 0 < rest["lr_warmup_steps"] < 1:
+        if share:
+            rest["lr_warmup_steps"] = 0
+            left["lr_warmup_steps"] = "it is a share of the steps, which follow from epochs and pictures"
+    elif share:
         rest["lr_warmup_steps"] = round(rest["lr_warmup_steps"] * rest["max_train_steps"])
     return found
 

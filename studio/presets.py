@@ -11,6 +11,8 @@ from typing import Any
 from studio.errors import UsageError
 from studio.flags import read_toml
 from studio.registry import nearest
+from studio.specs import TrainSpec
+from studio.specs.base import still_meant
 
 
 def presets() -> dict[str, str]:
@@ -24,6 +26,9 @@ def presets() -> dict[str, str]:
 def preset(*names: str) -> dict[str, Any]:
     """Return the values for ``TrainSpec`` of one or several presets; of those named twice the last count.
 
+    Of presets for different methods the last one's method and options are taken, and of the others what all
+    methods have.
+
     For example ``TrainSpec(**preset("8gb", "subject"), data="my_dog", output="dog.safetensors")``.
 
     Raises:
@@ -34,7 +39,10 @@ def preset(*names: str) -> dict[str, Any]:
     for name in names:
         if name not in known:
             raise UsageError(f"unknown preset '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
-        values |= read_toml(_folder() / f"{name}.toml")
+        own = read_toml(_folder() / f"{name}.toml")
+        if {"method"} <= own.keys() & values.keys() and own["method"] != values["method"]:
+            values = {each: value for each, value in values.items() if each in TrainSpec.model_fields}
+        values = still_meant(TrainSpec, values, own) | own
     return values
 
 

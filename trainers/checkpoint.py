@@ -29,10 +29,12 @@ class Checkpoints:
     Args:
         folder: Where they lie; made when the first one is written.
         keep: How many; older ones are removed.
+        every: Steps from one to the next, if any are written on the way. Others, of a stop or an end, go when
+            a later one is written: of a run that goes on the same ones stay as of one that never stopped.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, every: int = 0) -> None:
+        self._folder, self._keep, self._every = folder, keep, every
 
     def steps(self) -> list[int]:
         """Return the steps after which one was written, ascending."""
@@ -54,7 +56,9 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             _write(unfinished, state)
             os.replace(unfinished, path)
-            for old in self.steps()[: -self._keep]:
+            *older, newest = self.steps()
+            regular = [old for old in older if not self._every or old % self._every == 0]
+            for old in {*older} - {*[*regular, newest][-self._keep :]}:
                 self.path(old).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

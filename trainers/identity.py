@@ -80,6 +80,9 @@ def identity(
     if spec.start_from is not None:
         # What it holds, wherever it lies.
         settings["start_from"] = tensor_hash(spec.start_from)
+    if spec.average_last:
+        # The checkpoints are what is averaged.
+        settings["checkpoint_every"] = spec.checkpoint_every
     if spec.class_prompts and spec.class_data is None:
         # Class pictures are drawn with as many steps as samples.
         settings["sample_steps"] = spec.sample_steps

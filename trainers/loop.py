@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ from studio.trainers.runtime import (
 from studio.trainers.samples import drawn_raw, sample_specs
 from studio.trainers.shortage import shortage_told
 from studio.trainers.validation import check_validation
+from studio.trainers.without_effect import without_effect
 
 
 def train(
@@ -199,7 +201,7 @@ def _report(job: Job, material: _Material) -> str:
     )
     lines = [
         report(data, spec, buckets=material.buckets, processes=job.processes.count),
-        *(f"Warning: {remark}" for remark in remarks),
+        *(f"Warning: {remark}" for remark in (*remarks, *sorted(without_effect(spec)))),
         f"Method: {spec.method} in {material.precision} on {material.device}, learning rate "
         f"{spec.unet_learning_rate:g}",
     ]
@@ -210,7 +212,8 @@ def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], 
     """Attach the method to the base, run the loop, and detach it."""
     pipe, spec, device, data = job.pipe, job.spec, material.device, material.data
     trainer: Trainer = TRAINERS[spec.method]()
-    try:
+    with ExitStack() as stack:
+        stack.callback(trainer.release)
         class_pictures = data.class_pictures
         if spec.has_class_pictures and class_pictures is None:
             class_pictures = job.processes.main_first(
@@ -235,6 +238,7 @@ def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], 
             tell=job.tell,
         )
         if job.processes.main:
+            stack.enter_context(job.folder.held())
             job.folder.begin(spec)
         accelerator = make_accelerator(
             device,
@@ -249,8 +253,6 @@ def _fit(job: Job, material: _Material, saved: State | None, stop: Callable[[], 
             else None
         )
         return Run(job, trainer, groups, batches, accelerator, saved, held_out).go(stop)
-    finally:
-        trainer.release()
 
 
 def _saved_state(spec: TrainSpec, own: Identity, on_event: OnEvent) -> State | None:

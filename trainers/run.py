@@ -65,7 +65,9 @@ class Run:
         self._parameters = [parameter for group in groups for parameter in group.parameters]
         self._begun = self._done = self._skipped = 0
         self._course = Course(groups)
-        self._checkpoints = Checkpoints(job.folder.checkpoints, keep=spec.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            job.folder.checkpoints, keep=spec.keep_checkpoints, every=spec.checkpoint_every
+        )
         self._checkpointed: int | None = None
         self._draws = bool(spec.sample_every) and job.sample is not None and job.processes.main
         # Whether parameters and optimizer are as they are after ``_done`` steps.
@@ -159,9 +161,15 @@ class Run:
         """Do the steps that are left; return whether it was told to stop before their end."""
         spec = self._job.spec
         while self._done < spec.steps:
+            if self._validation.exhausted:
+                self._job.tell(self._validation.ending(self._done, spec.steps), step=self._done)
+                return True
             if self._processes.any(stop()):
                 self._checkpoint()
-                self._job.tell(f"Stopped after {self._done} of {spec.steps} steps.", step=self._done)
+                self._job.tell(
+                    f"Stopped after {self._done} of {spec.steps} steps; to go on: resume (--resume).",
+                    step=self._done,
+                )
                 return True
             self._advance()
             done = self._done
@@ -173,13 +181,6 @@ class Run:
                 self._save(self._job.folder.adapter(done))
             if spec.sample_every and (done % spec.sample_every == 0 or done == spec.steps):
                 self._draw()
-            if self._validation.exhausted:
-                self._job.tell(
-                    f"Stopped early after {done} of {spec.steps} steps: the validation loss has not fallen "
-                    f"for {spec.patience} measurements.",
-                    step=done,
-                )
-                return True
         return False
 
     def _advance(self) -> None:

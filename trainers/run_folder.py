@@ -2,16 +2,19 @@
 
 ``<output>-run/`` holds ``spec.toml`` (what was asked for), ``log.jsonl`` (what happened), ``samples/``,
 ``adapters/`` (those on the way), ``checkpoints/`` (what the run can go on from), ``class/`` (class pictures
-that it drew) and ``tracker/``.
+that it drew), ``tracker/`` and ``.lock`` (keeps other runs out while one is at work).
 """
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import tomlkit
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from studio.errors import OutputError
@@ -45,6 +48,8 @@ class RunFolder:
         Raises:
             OutputError: If the folder holds what an earlier run made, unless that is to go on or be replaced.
         """
+        if not spec.resume:
+            self._check_inputs(spec)
         if spec.may_replace:
             return
         for folder in (self.checkpoints, self.adapters, self.samples):
@@ -60,16 +65,56 @@ class RunFolder:
         Class pictures stay, they are known by what they were drawn from, and so does the log.
 
         Raises:
-            OutputError: If the folder cannot be written.
+            OutputError: If the folder cannot be written, or holds what the run reads or another run made.
         """
+        self.check(spec)
         try:
             if not spec.resume:
-                for folder in (self.checkpoints, self.adapters, self.samples, self.tracker):
+                for folder in self._replaced:
                     shutil.rmtree(folder, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self.spec.write_text(as_toml(spec), encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder for the length of a block, also those of other processes.
+
+        Raises:
+            OutputError: If another run is in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"another run is writing to {self.path}. Choose another output, or wait for its end."
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def _replaced(self) -> tuple[Path, ...]:
+        """What an earlier run made that is removed when another takes its place."""
+        return self.checkpoints, self.adapters, self.samples, self.tracker
+
+    def _check_inputs(self, spec: TrainSpec) -> None:
+        """Refuse to remove what a run is to read."""
+        for name in ("data", "class_data", "validation_data", "start_from"):
+            given: Path | None = getattr(spec, name)
+            if given is not None and any(
+                given.resolve().is_relative_to(folder.resolve()) for folder in self._replaced
+            ):
+                raise OutputError(
+                    f"{name}: {given} lies in the folder of an earlier run, {self.path}, which this run "
+                    "would replace. Choose another output, or copy it to another folder first."
+                )
 
     def is_of(self, spec: TrainSpec) -> bool:
         """Return whether the run that lies here is one of a specification."""

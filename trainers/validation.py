@@ -35,6 +35,13 @@ class Validation:
         """Whether training should stop."""
         return bool(self._patience) and self._without_better >= self._patience
 
+    def ending(self, done: int, steps: int) -> str:
+        """Return what to say of a run that ends so after ``done`` of its steps."""
+        return (
+            f"Stopped early after {done} of {steps} steps: the validation loss has not fallen for "
+            f"{self._patience} measurements."
+        )
+
     def state(self) -> dict[str, Any]:
         """Return what going on needs."""
         return {"best": self._best, "without_better": self._without_better}

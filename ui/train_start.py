@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from studio.errors import SpecError
 from studio.presets import preset, presets
-from studio.registry import TRAINERS
 from studio.specs import TrainSpec, parse_spec
 from studio.ui.forms import Values
 
@@ -31,19 +29,6 @@ def method_of(request: Mapping[str, Any]) -> str:
 def is_demo(base: str, method: str) -> bool:
     """Say whether ``DEMO`` is made for these."""
     return {"base": base, "method": method} == DEMO_ON
-
-
-def own_rate(request: Mapping[str, Any]) -> float:
-    """Return the learning rate of a request that names none."""
-    choices = {name: request[name] for name in ("method", "optimizer") if name in request}
-    known = TRAINERS[method_of(request)].Options.model_fields
-    options = {name: value for name, value in request.items() if name in known}
-    try:
-        spec = parse_spec(TrainSpec, {**choices, **options, **_NOWHERE})
-    except SpecError:
-        # One of the options is half typed.
-        spec = parse_spec(TrainSpec, {**choices, **_NOWHERE})
-    return spec.unet_learning_rate
 
 
 def preset_values(names: list[str], base: str) -> Values:

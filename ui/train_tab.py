@@ -11,12 +11,13 @@ from studio.errors import DataError, StudioError, UsageError
 from studio.presets import presets
 from studio.registry import TRAINERS
 from studio.specs import TrainSpec, parse_spec
+from studio.specs.train import own_rate
 from studio.trainers.run_folder import RunFolder
 from studio.ui.follow import Follower, Story, notice
 from studio.ui.forms import Form, Values, folded
 from studio.ui.panel import Panel
 from studio.ui.pictures import PICTURES, captioned, example_set, keep_uploads
-from studio.ui.train_start import DEMO, DEMO_ON, START, USUAL, is_demo, method_of, own_rate, preset_values
+from studio.ui.train_start import DEMO, DEMO_ON, START, USUAL, is_demo, method_of, preset_values
 from studio.workspace import Workspace
 
 PRESETS = "Settings for a task or a GPU, to start from. Of several the later wins."

@@ -37,7 +37,9 @@ class NegativePlan(ModifiedPlan):
             if branch.answers_for("unconditional"):
                 weights = {**branch.weights, **self.negative}
                 text = self.negative_texts.get(branch.text, branch.text)
-                found.append(replace(branch, rows="unconditional", weights=weights, text=text))
+                # Features of the other rows, as many, must not be taken for these.
+                slot = None if branch.slot is None else (branch.slot, "unconditional")
+                found.append(replace(branch, rows="unconditional", weights=weights, text=text, slot=slot))
         return tuple(found)
 
 

@@ -19,7 +19,7 @@ from studio.adapters.metadata import describe
 from studio.adapters.names import reference_names
 from studio.adapters.origin import check_origin
 from studio.adapters.parameters import canonical_names, components_of
-from studio.errors import AdapterError, UsageError
+from studio.errors import AdapterError, BaseNeeded, UsageError
 from studio.models.tokens import check_embeddings
 from studio.registry import FORMATS, KINDS
 
@@ -252,7 +252,7 @@ def _reference(form: ChangeFormat, header: Header, modules: Collection[str]) -> 
 def _misfit(file: str, header: Header, names: Names | None, what: str) -> AdapterError:
     """Return the error for a file that does not fit a base, saying as far as can be told what it is for."""
     if names is None:
-        return AdapterError(
+        return BaseNeeded(
             f"{file} fits neither SD 1.5, SD 2.1 nor SDXL: {what}. Give the base it was made for."
         )
     made_for = family_of({key: shape for key, (_, shape) in header.tensors.items()})

@@ -114,6 +114,9 @@ def describe(
         "studio.format_version": FORMAT_VERSION,
     }
     kept = {key: value for key, value in inherited.items() if key not in _NOT_INHERITED}
+    if kept.get("modelspec.architecture", "").rpartition("/")[2] != kind:
+        # Of a file that was of another kind.
+        kept.pop("modelspec.architecture", None)
     wanted = {key: value for key, value in given.items() if key not in _NOT_INHERITED}
     return {**described, **kept, **facts, **wanted}
 

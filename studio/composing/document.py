@@ -124,7 +124,10 @@ def _values(document: Mapping[str, Any], home: Path) -> dict[str, Any]:
     if isinstance(options := values.get("options"), Mapping):
         method = values.get("method", CompositionSpec.model_fields["method"].default)
         values["options"] = dict(options) | {
-            name: {adapter: str(home / mask) for adapter, mask in options[name].items()}
+            name: {
+                adapter: str(home / mask) if isinstance(mask, str) else mask
+                for adapter, mask in options[name].items()
+            }
             for name in _mask_options(method) & options.keys()
             if isinstance(options[name], Mapping)
         }

@@ -1,6 +1,6 @@
 """What all specifications share: frozen, strict, and every problem reported at once in the user's words."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
@@ -54,6 +54,11 @@ class MethodSpec(BaseModel):
     method: str
     options: SerializeAsAny[Options] = Field(default_factory=Options)
 
+    @classmethod
+    def meaning_changed(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Collection[str]:
+        """Return the fields whose values of one request would mean something else in another."""
+        return ()
+
     @model_validator(mode="wrap")
     @classmethod
     def _gather_options(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -72,6 +77,10 @@ class MethodSpec(BaseModel):
             }
         else:
             options = values.pop("options", None) or {}
+            if not isinstance(options, (Options, Mapping)):
+                wrong = complete(f"is a table of its own, got {options!r}.")
+                problems.append(InitErrorDetails(type=wrong, loc=("options",), input=options))
+                options = {}
             options = dict(options.model_dump() if isinstance(options, Options) else options)
             options = {str(key).replace("-", "_"): value for key, value in options.items()}
             options |= {key: values.pop(key) for key in list(values) if key in options_type.model_fields}
@@ -89,6 +98,25 @@ class MethodSpec(BaseModel):
 
 
 S = TypeVar("S", bound=BaseModel)
+
+
+def still_meant(
+    spec_type: type[BaseModel], below: Mapping[str, Any], above: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return those of earlier values that mean something, and the same, under later ones.
+
+    Args:
+        spec_type: What they are values of.
+        below: Earlier values, such as a preset's.
+        above: Later ones, which win.
+    """
+    if not issubclass(spec_type, MethodSpec):
+        return dict(below)
+    after = {**below, **above}
+    methods = [each.get("method", spec_type.model_fields["method"].default) for each in (below, after)]
+    known = settable(spec_type, str(methods[1])) if methods[0] != methods[1] else below
+    lost = spec_type.meaning_changed(below, after)
+    return {name: value for name, value in below.items() if name in known and name not in lost}
 
 
 def parse_spec(spec_type: type[S], given: Mapping[str, Any]) -> S:

@@ -1,13 +1,14 @@
 """What a user may ask of training."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from studio.errors import SpecError, UsageError
 from studio.registry import FORMATS, TRAINERS, Registry
-from studio.specs.base import complete
+from studio.specs.base import complete, parse_spec
 from studio.specs.checks import ends_in, known_in, read_value
 from studio.specs.data import DataSpec
 from studio.specs.execution import Attention, ClipSkip, Compile, Quantization
@@ -207,6 +208,19 @@ class TrainSpec(DataSpec):
         "more than reading the file takes.",
     )
 
+    @classmethod
+    def meaning_changed(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Collection[str]:
+        """Return the learning rate where method and optimizer of two requests differ in their own rates."""
+        chosen = [
+            {name: each[name] for name in ("method", "optimizer") if name in each} for each in (before, after)
+        ]
+        try:
+            alike = chosen[0] == chosen[1] or own_rate(chosen[0]) == own_rate(chosen[1])
+        except (SpecError, UsageError):
+            # A method or optimizer that does not exist is refused in its place.
+            return ()
+        return () if alike else ("learning_rate", "text_encoder_learning_rate")
+
     @field_validator("schedule_restarts", "schedule_power", "huber_delta")
     @classmethod
     def _of_use(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -339,3 +353,18 @@ class TrainSpec(DataSpec):
             return self.format
         own: str = TRAINERS[self.method].format
         return own
+
+
+def own_rate(request: Mapping[str, Any]) -> float:
+    """Return the learning rate of a request that names none, of however little it says."""
+    choices = {name: request[name] for name in ("method", "optimizer") if name in request}
+    method = str(request.get("method", TrainSpec.model_fields["method"].default))
+    known = TRAINERS[method].Options.model_fields
+    options = {name: value for name, value in request.items() if name in known}
+    nowhere = {"data": "pictures", "output": "adapter.safetensors"}
+    try:
+        spec = parse_spec(TrainSpec, {**choices, **options, **nowhere})
+    except SpecError:
+        # One of the options is half typed.
+        spec = parse_spec(TrainSpec, {**choices, **nowhere})
+    return spec.unet_learning_rate

@@ -14,7 +14,7 @@ from studio.composition.modifiers.decor import Decor
 from studio.composition.modifiers.negative import Negative
 from studio.composition.plan import Step, Suppression, Text
 from studio.composition.projection import projected_out
-from studio.errors import CompositionError
+from studio.errors import CompositionError, UsageError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # branches are summed in another order
 
@@ -123,6 +123,44 @@ def test_the_negative_prompt_is_encoded_with_the_negative_adapters(
     with compose(pipe, adapters, modifiers={"negative": {"adapters": ["two"]}}):
         got = draw(pipe, steps=2, negative_prompt="fog")
     torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "modifiers"),
+    [
+        ("cmlora", {"roles": {"one": "high", "three": "low"}, "interval": 3}, {}),
+        ("composite", {}, {"cache": {"interval": 2, "full_first": 0, "full_last": 0}}),
+        ("merge", {}, {"cache": {"interval": 2, "full_first": 0, "full_last": 0}}),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False], ids=["cache-first", "negative-first"])
+def test_a_negative_adapter_of_weight_0_changes_nothing_of_what_caches(
+    method: str, options: Any, modifiers: Any, before: bool, sd: Any, make_adapter: Any, draw: Any
+) -> None:
+    adapters = {name: make_adapter(sd, seed) for seed, name in enumerate(("one", "three", "two"), 1)}
+    own = {name: adapters[name] for name in ("one", "three")}
+    with compose(sd, own, method=method, options=options, modifiers=modifiers) as composition:
+        plain = draw(sd, steps=8)
+        assert composition.passes.shallow
+    negative = {"negative": {"adapters": ["two"]}}
+    given = {**modifiers, **negative} if before else {**negative, **modifiers}
+    with compose(
+        sd, adapters, weights={"two": 0.0}, method=method, options=options, modifiers=given
+    ) as composition:
+        torch.testing.assert_close(draw(sd, steps=8), plain, **CLOSE)
+        assert composition.passes.shallow
+
+
+def test_one_adapter_cannot_be_pinned_and_negative(sd: Any, pair: Any) -> None:
+    modifiers = {"pin": {"adapters": ["two"]}, "negative": {"adapters": ["two"]}}
+    with pytest.raises(CompositionError, match="'two' is given to two modifiers"):
+        compose(sd, pair, modifiers=modifiers).__enter__()
+
+
+@pytest.mark.parametrize("modifiers", [["cache"], "cache", {"cache": "interval=3"}])
+def test_modifiers_in_another_form_are_refused_in_one_line(sd: Any, pair: Any, modifiers: Any) -> None:
+    with pytest.raises(UsageError, match="by name"):
+        compose(sd, pair, modifiers=modifiers).__enter__()
 
 
 def test_branches_of_their_own_prompts_have_negative_ones_too() -> None:

@@ -96,6 +96,22 @@ def test_an_existing_output_is_refused_before_anything_is_loaded(pictures: Path,
     assert output.read_bytes() == b"mine"
 
 
+def test_a_training_whose_output_cannot_be_written_any_more_is_kept_in_its_folder(
+    tiny_base: str, pictures: Path, tmp_path: Path
+) -> None:
+    spec = training(tiny_base, pictures, tmp_path / "x.safetensors", steps=1)
+
+    def in_the_way(event: Event) -> None:
+        if event.kind == "progress":
+            spec.output.write_bytes(b"another's")
+
+    with pytest.raises(OutputError, match=r"x.safetensors exists.* kept as .*x-run.adapters.x.safetensors"):
+        api.train(spec, on_event=in_the_way)
+    assert spec.output.read_bytes() == b"another's"
+    kept = tmp_path / "x-run" / "adapters" / "x.safetensors"
+    assert studio.load_adapter(kept, base=bases.cached_base(tiny_base, "auto", "fp32")).changes
+
+
 def test_a_stopped_training_saves_what_it_has(tiny_base: str, pictures: Path, tmp_path: Path) -> None:
     done: list[int] = []
 

@@ -81,6 +81,19 @@ def test_what_is_off_or_another_network_is_not_guessed() -> None:
     _, left = translated(
         {**least, "optimizer_type": "DAdaptAdam", "lr_scheduler": "rex", "loss_type": "huber"}
     )
-    assert sorted(left) == ["loss_type", "lr_scheduler", "optimizer_type"]
+    assert sorted(left) == ["learning_rate", "loss_type", "lr_scheduler", "optimizer_type"]
     with pytest.raises(UsageError, match=r"network_module is 'lycoris\.kohya'"):
         translated({**least, "network_module": "lycoris.kohya"})
+
+
+def test_rates_and_shares_of_steps_go_where_their_meaning_goes() -> None:
+    least = {"pretrained_model_name_or_path": "a", "train_data_dir": "img", "learning_rate": 1.0}
+    ours, left = translated({**least, "optimizer_type": "DAdaptAdam"})
+    assert "learning_rate" not in ours and "text_encoder_learning_rate" not in ours
+    assert left["learning_rate"] == "it was meant for that optimizer"
+    _, left = translated({**least, "optimizer_type": "Adafactor"})
+    assert left["optimizer_type"].startswith("kohya's finds its rate itself")
+    ours, left = translated({**least, "max_train_epochs": 10, "lr_warmup_steps": 0.1})
+    assert ours["warmup_steps"] == 0 and "share of the steps" in left["lr_warmup_steps"]
+    ours, _ = translated({**least, "optimizer_args": "weight_decay=0.1 betas=0.9,0.99"})
+    assert ours["weight_decay"] == "0.1" and ours["optimizer_options"] == {"betas": "0.9,0.99"}

@@ -11,7 +11,7 @@ import pytest
 
 import studio
 from studio import cli
-from studio.errors import SpecError, UsageError
+from studio.errors import UsageError
 from studio.models import quantization
 from studio.presets import preset, presets
 from studio.specs import TrainSpec, parse_spec
@@ -158,9 +158,45 @@ def test_unknown_presets_name_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         studio.preset("../starter/x")
 
 
-def test_presets_of_two_tasks_at_once_are_judged_like_any_other_values() -> None:
-    with pytest.raises(SpecError, match="rank: unknown option"):
-        parse_spec(TrainSpec, {**preset("subject", "sara"), **NEEDED})
+@pytest.mark.parametrize("first", TASKS)
+@pytest.mark.parametrize("last", TASKS)
+def test_of_presets_of_two_methods_the_later_wins(first: str, last: str) -> None:
+    spec = parse_spec(TrainSpec, {**preset(first, last), **NEEDED})
+    alone = parse_spec(TrainSpec, {**preset(last), **NEEDED})
+    assert (spec.method, spec.learning_rate, spec.options) == (
+        alone.method,
+        alone.learning_rate,
+        alone.options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ([], 1e-4),
+        (["--optimizer", "adamw8bit"], 1e-4),
+        (["--optimizer", "prodigy"], 1.0),
+        (["--method", "textual-inversion", "--token", "sks"], 5e-3),
+        (["--method", "sara", "--learning-rate", "2e-4"], 2e-4),
+    ],
+)
+def test_a_presets_learning_rate_is_for_what_it_was_made_for(
+    words: list[str], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def keep(spec: TrainSpec, **_: Any) -> Any:
+        rates.append(spec.unet_learning_rate)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("studio.api.train", keep)
+    cli.main(["train", "--data", "a", "--output", "a.safetensors", "--preset", "subject", *words])
+    assert rates == [rate]
+
+
+def test_a_method_that_does_not_exist_is_refused_beside_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--data", "a", "--output", "a.safetensors", "--preset", "subject", "--method", "lroa"]
+    assert cli.main(words) == 2 and "Did you mean 'lora'" in capsys.readouterr().err
 
 
 def test_list_shows_them_alone_or_with_all_names(capsys: pytest.CaptureFixture[str]) -> None:

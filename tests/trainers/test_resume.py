@@ -146,6 +146,16 @@ def test_a_longer_run_goes_on_from_one_that_is_done(base: Any, run: Spec) -> Non
         train(base, run("lora", **values, resume=True, steps=4))
 
 
+def test_a_stop_between_checkpoints_does_not_change_their_mean(base: Any, run: Spec) -> None:
+    values = {"checkpoint_every": 2, "keep_checkpoints": 2, "average_last": 2}
+    in_one_go = train(base, run("lora", **values))
+    train(base, run("lora", **values, overwrite=True), stop=after(5))
+    resumed = train(base, run("lora", **values, resume=True))
+    assert identical(in_one_go, resumed)
+    with pytest.raises(TrainingError, match="checkpoint_every was 2, is 3"):
+        train(base, run("lora", **{**values, "checkpoint_every": 3}, resume=True))
+
+
 def test_another_course_of_the_learning_rate_is_said(base: Any, run: Spec) -> None:
     said: list[str] = []
     train(base, run("lora", steps=3, checkpoint_every=3))

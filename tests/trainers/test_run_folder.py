@@ -59,6 +59,7 @@ def test_a_run_leaves_one_tidy_folder(tiny_sd: Callable[[], Any], spec: Spec) ->
     train(tiny_sd(), run, on_event=events.append)
     folder = RunFolder(run.output)
     assert sorted(path.name for path in folder.path.iterdir()) == [
+        ".lock",
         "adapters",
         "checkpoints",
         "log.jsonl",
@@ -77,3 +78,23 @@ def test_a_folder_that_cannot_be_written_says_so(spec: Spec, tmp_path: Path) -> 
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(OutputError, match=r"dog-run cannot be written: .*choose another output"):
         RunFolder(spec().output).begin(spec())
+
+
+@pytest.mark.parametrize("name", ["data", "class_data", "validation_data", "start_from"])
+def test_what_a_run_reads_is_not_removed_with_an_earlier_run(spec: Spec, name: str) -> None:
+    folder = RunFolder(spec().output)
+    inside = folder.adapters / "a.safetensors" if name == "start_from" else folder.samples
+    inside.parent.mkdir(parents=True)
+    inside.touch() if name == "start_from" else inside.mkdir()
+    run = spec(overwrite=True, **{name: inside})
+    for step in (folder.check, folder.begin):
+        with pytest.raises(OutputError, match=rf"{name}: .* lies in the folder of an earlier run"):
+            step(run)
+    assert inside.exists()
+
+
+def test_two_runs_do_not_write_to_one_folder(tiny_sd: Callable[[], Any], spec: Spec) -> None:
+    pipe, run = tiny_sd(), spec(steps=1)
+    with RunFolder(run.output).held(), pytest.raises(OutputError, match="another run is writing to"):
+        train(pipe, run)
+    train(pipe, run)

@@ -1,5 +1,6 @@
 """Measuring on pictures that are held out, stopping early, trackers."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,16 @@ def test_a_tracker_that_is_not_there_is_refused(
     monkeypatch.setattr("studio.trainers.runtime.get_available_trackers", list)
     with pytest.raises(TrainingError, match=r"'wandb' is not installed. Run pip install wandb"):
         train(tiny_sd(), spec(tracker="wandb"))
+
+
+def test_a_run_that_stopped_early_does_not_go_on(
+    tiny_sd: Callable[[], Any], spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, rising = tiny_sd(), itertools.count(1.0)
+    events: list[Event] = []
+    monkeypatch.setattr("studio.trainers.run.mean_loss", lambda *_, **__: next(rising))
+    values = {"steps": 8, "validation_split": 0.25, "validate_every": 1, "patience": 2, "checkpoint_every": 1}
+    first = train(pipe, spec(**values), on_event=events.append)
+    again = train(pipe, spec(**values, resume=True), on_event=events.append)
+    assert len(trained_on(events)) == 2 and "Stopped early after 2 of 8 steps" in events[-1].message
+    assert first.metadata["ss_steps"] == again.metadata["ss_steps"] == "2"
