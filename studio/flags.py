@@ -16,7 +16,15 @@ from pydantic.fields import FieldInfo
 from studio.errors import SpecError, UsageError
 from studio.registry import nearest
 from studio.specs import MethodSpec, allows_none, settable
-from studio.specs.base import Flag, alternatives, is_mapping, is_sequence, problems_of, still_meant
+from studio.specs.base import (
+    Flag,
+    alternatives,
+    is_mapping,
+    is_sequence,
+    of_other_methods,
+    problems_of,
+    still_meant,
+)
 from studio.specs.groups import grouped
 
 S = TypeVar("S", bound=BaseModel)
@@ -78,7 +86,7 @@ def read_spec_arguments(
         for name, value in vars(arguments).items()
         if name in fields
     }
-    problems = _unknown(parser, rest)
+    problems = _unknown(parser, rest, spec_type)
     later = {**above, **flags}
     merged = {**still_meant(spec_type, below, later), **later}
     try:
@@ -195,11 +203,13 @@ def _help(field: FieldInfo) -> str:
     return text.replace("%", "%%")
 
 
-def _unknown(parser: Parser, rest: Sequence[str]) -> list[str]:
+def _unknown(parser: Parser, rest: Sequence[str], spec_type: type[BaseModel]) -> list[str]:
     known = parser.flag_names()
     problems = []
     for item in rest:
         name = item.partition("=")[0]
         if name.startswith("-") and len(name) > 1 and not name[1].isdigit():
-            problems.append(f"{name}: unknown option.{nearest(name.replace('_', '-'), known)}")
+            elsewhere = of_other_methods(spec_type, name.lstrip("-").replace("-", "_"))
+            close = nearest(name.replace("_", "-"), known)
+            problems.append(f"{name}: {elsewhere or f'unknown option.{close}'}")
     return problems or [f"{item}: unexpected argument." for item in rest]

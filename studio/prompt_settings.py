@@ -75,11 +75,12 @@ def _files(folders: Sequence[Path]) -> dict[str, list[Path]]:
     known: dict[str, list[Path]] = {}
     for folder in folders:
         here: dict[str, list[Path]] = {}
+        exact: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*.safetensors")):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            for each in {path.stem, name}:
-                here.setdefault(each, []).append(path)
-        known = {**here, **known}
+            exact[path.relative_to(folder).with_suffix("").as_posix()] = [path]
+            here.setdefault(path.stem, []).append(path)
+        # One at the top is meant by its name alone, whatever lies in folders below.
+        known = {**here, **exact, **known}
     return known
 
 

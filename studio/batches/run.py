@@ -9,8 +9,9 @@ from studio.batches.drawing import Failed, draw_wanted, grouped, missing
 from studio.batches.grid import SHEET, lay_out
 from studio.batches.lines import Wanted, read_lines, shared_settings, wanted_pictures
 from studio.batches.manifest import NAME, Manifest
+from studio.batches.plans import planning_problems
 from studio.drawing import Result, check_writable
-from studio.errors import SpecError, StudioError
+from studio.errors import CompositionError, SpecError, StudioError
 from studio.generation import Stopped
 from studio.models.device import resolve_device
 from studio.png import NOT_OF_THE_PICTURE, read_spec
@@ -108,6 +109,7 @@ def draw_grid(
 
     Raises:
         SpecError: If an axis or one of its values is wrong; lists all of them.
+        CompositionError: If a picture cannot be drawn as it is composed.
         OutputError: If a picture is there with other settings, or cannot be written.
         BaseModelError: If the base cannot be loaded.
         AdapterError: If an adapter cannot be read or does not fit.
@@ -117,6 +119,7 @@ def draw_grid(
     with processes.together():
         spec = _placed(spec, processes)
         grid = lay_out(spec)
+        _check_cells(grid.pictures)
         if processes.main and not (spec.output / NAME).exists():
             check_writable(path, overwrite=spec.overwrite)
     result = _drawn(grid.pictures, spec, processes, on_event or silent, stop)
@@ -125,6 +128,20 @@ def draw_grid(
     with whole_file(path) as unfinished:
         grid.sheet().save(unfinished, format="PNG", optimize=True)
     return replace(result, grid=path)
+
+
+def _check_cells(pictures: Sequence[Wanted]) -> None:
+    """Refuse a grid of which a picture cannot be drawn as it is composed, before any is.
+
+    Raises:
+        CompositionError: If so; names the first picture of each reason.
+    """
+    reasons: dict[str, Wanted] = {}
+    for place, problem in planning_problems([each.spec for each in pictures]).items():
+        reasons.setdefault(problem, pictures[place])
+    if reasons:
+        told = [f"{', '.join(each.about.values())}: {problem}" for problem, each in reasons.items()]
+        raise CompositionError(" ".join(told))
 
 
 def _placed(spec: S, processes: Processes) -> S:

@@ -171,6 +171,13 @@ class Average:
             notes.append("the rows of the negative prompt have other weights; those of the prompt count")
         if any(len(_conditional(branches)) > 1 for branches in self._steps):
             notes.append("answers that are mixed become weights that are mixed, which is not the same")
+        answered = {
+            any(branch.answers_for("unconditional") for branch in branches) for branches in self._steps
+        }
+        if len(answered) > 1:
+            notes.append("guidance, which the composition skips in some steps, counts in all")
+        if any(branch.slot is not None for branches in self._steps for branch in branches):
+            notes.append("features that a cache keeps are computed in every step")
         texts = {branch.text for branches in self._steps for branch in branches if branch.text is not None}
         if any(self._plan.texts[text].prompt is not None or self._plan.texts[text].without for text in texts):
             notes.append("prompts that the composition changes stay as they are")

@@ -136,7 +136,16 @@ def problems_of(error: ValidationError, spec_type: type[BaseModel], given: Mappi
     """Return one line per problem, in the names that the user wrote."""
     method = given.get("method")
     names = known_fields(spec_type, str(method) if method is not None else None)
-    return [_problem(item, names) for item in error.errors()]
+    return [_problem(item, names, spec_type) for item in error.errors()]
+
+
+def of_other_methods(spec_type: type[BaseModel], name: str) -> str | None:
+    """Return what to say of a field that only options of other methods have, or None where none has it."""
+    if not issubclass(spec_type, MethodSpec):
+        return None
+    registry = spec_type.registry
+    having = [method for method in registry.names() if name in registry[method].Options.model_fields]
+    return f"is an option of other methods: {', '.join(having)}. Choose one with method." if having else None
 
 
 def known_fields(spec_type: type[BaseModel], method: str | None = None) -> list[str]:
@@ -215,10 +224,10 @@ def _detail(item: Any) -> InitErrorDetails:
 _KEPT = {"missing", "extra_forbidden"}
 
 
-def _problem(item: Any, names: list[str]) -> str:
+def _problem(item: Any, names: list[str], spec_type: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in item["loc"]) or "specification"
     if item["type"] == "extra_forbidden":
-        return f"{name}: unknown option.{nearest(name, names)}"
+        return f"{name}: {of_other_methods(spec_type, name) or f'unknown option.{nearest(name, names)}'}"
     if item["type"] == "missing":
         return f"{name}: is required."
     if item["type"] == "complete":

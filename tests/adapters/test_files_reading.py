@@ -12,7 +12,7 @@ import torch
 from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter, read_header, save_adapter
 from studio.adapters.kinds.lora import LoraChange
-from studio.errors import AdapterError
+from studio.errors import AdapterError, BaseNeeded
 
 Factory = Callable[[], Any]
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -217,7 +217,7 @@ def test_long_lists_of_unmatched_keys_are_counted(tmp_path: Path, tiny_sd: Facto
     with pytest.raises(AdapterError, match=r"lora_unet_x0.lora_down.weight, .* and 12 more. Choose"):
         load_adapter(_file(tmp_path / "a.safetensors", tensors), base=tiny_sd())
     with pytest.raises(
-        AdapterError, match=r"fits neither SD 1.5, SD 2.1 nor SDXL: .* and 12 more. Give the base"
+        BaseNeeded, match=r"fits neither SD 1.5, SD 2.1 nor SDXL: .* and 12 more. Give the base"
     ):
         load_adapter(_file(tmp_path / "a.safetensors", tensors))
 

@@ -128,6 +128,21 @@ def test_shares_of_answers_become_weights_and_it_is_said(
     ]
 
 
+@pytest.mark.parametrize(
+    ("modifiers", "said"),
+    [
+        ({"skip-guidance": {"start": 0.5}}, "guidance, which the composition skips in some steps"),
+        ({"cache": {"interval": 2}}, "features that a cache keeps are computed in every step"),
+    ],
+    ids=["skip-guidance", "cache"],
+)
+def test_what_saves_time_is_not_in_the_file_and_that_is_said(
+    baked: Callable[..., BakeResult], modifiers: dict[str, Any], said: str
+) -> None:
+    (lost,) = baked(modifiers=modifiers, steps=8).lost
+    assert said in lost
+
+
 def test_weights_over_steps_count_with_their_mean(baked: Callable[..., BakeResult], deltas: Deltas) -> None:
     modifiers = {"schedule": {"weights": {"ink": [[0, 0], [1, 1]]}}}
     result = baked(modifiers=modifiers, steps=4)

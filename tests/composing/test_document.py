@@ -120,6 +120,9 @@ def test_a_mask_in_memory_is_refused(duo: Path, tmp_path: Path) -> None:
         ),
         ("version = 1\n[modifiers.cahce]\n", "unknown plan modifier 'cahce'. Did you mean 'cache'?"),
         ('version = 1\nmethod = "switch"\n[options]\nswitch_evry = 2\n', "Did you mean 'switch_every'?"),
+        ("version = 1\noptions = 3\n", "options: is a table of its own, got 3"),
+        ('version = 1\nmethod = "regions"\n[options.regions]\nrobot = 3\n', "regions.robot"),
+        ('version = 1\nmethod = "regions"\n[options.regions]\nrobot = ["a.png"]\n', "regions.robot"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_said(text: str, message: str, tmp_path: Path) -> None:

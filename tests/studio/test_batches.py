@@ -382,6 +382,15 @@ def test_a_prompt_that_asks_for_what_is_not_there_is_refused(prompt: str, match:
         settle(prompt)
 
 
+def test_an_adapter_at_the_top_is_meant_by_its_name_alone() -> None:
+    kept = workspace().adapters
+    for name in ("dog", "a/dog", "b/dog"):
+        (kept / name).parent.mkdir(exist_ok=True)
+        (kept / f"{name}.safetensors").touch()
+    assert [use.path for use in settle("<lora:dog>").adapters] == [kept / "dog.safetensors"]
+    assert [use.path for use in settle("<lora:a/dog>").adapters] == [kept / "a" / "dog.safetensors"]
+
+
 def test_a_tag_draws_what_the_adapter_draws(tiny_base: str, adapter: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"base": tiny_base, "steps": 1, "device": "cpu"}
 

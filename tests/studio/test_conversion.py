@@ -147,6 +147,17 @@ def test_what_says_nothing_about_a_whole_model_is_refused(
     assert code == 2 and "Leave out --format, --rank, --dense, --overwrite" in err
 
 
+def test_a_token_is_not_dropped_from_a_whole_model(
+    tiny_base: str, pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = Adapter("word", "textual-inversion", {}, tokens={"<yy>": {"text_encoder": torch.ones(1, 32)}})
+    save_adapter(token, tmp_path / "word.safetensors", format="embedding", base=pipe)
+    words = [str(tmp_path / "word.safetensors"), "--base", tiny_base, "--into-base", str(tmp_path / "model")]
+    assert cli.main(["convert", *words]) == 1
+    assert "holds the token '<yy>', which is no change of weights" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 def test_file_of_another_base_is_made_one_of_this_on_request(
     convert: Run, tiny_sd: Callable[[], Any], style: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 import studio
 from studio.batches.grid import label, lay_out
 from studio.cli import main
-from studio.errors import OutputError, SpecError
+from studio.errors import CompositionError, OutputError, SpecError
 from studio.png import read_spec
 from studio.specs import GenerateSpec, GridSpec, parse_spec
 
@@ -154,6 +154,16 @@ def test_axes_that_mean_nothing_are_refused(values: dict[str, Any], match: str) 
 )
 def test_a_label_says_what_a_person_calls_the_value(field: str, value: str, words: str) -> None:
     assert label(field, value) == words
+
+
+def test_a_grid_with_a_picture_that_cannot_be_drawn_draws_none(
+    tiny_base: str, duo: Path, tmp_path: Path
+) -> None:
+    adapters = [str(duo / f"{name}.safetensors") for name in ("fox", "ink")]
+    given = {"x": "method=merge,switch", "y": "seed=1-2", "adapters": adapters, "steps": 3}
+    with pytest.raises(CompositionError, match=r"^[^:]*switch[^:]*: switch_every=5 in a run of 3 steps"):
+        studio.draw_grid(grid(tiny_base, tmp_path / "out", **given))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_grid_is_drawn_once_and_shown_in_one_picture(tiny_base: str, tmp_path: Path) -> None:
