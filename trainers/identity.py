@@ -77,6 +77,9 @@ def identity(
     }
     settings = spec.model_dump(mode="json", exclude={"options", *MAY_CHANGE, *division})
     settings[PER_STEP] = math.prod(division.values())
+    # As they act, whether they are given or the method's own.
+    settings["learning_rate"] = spec.unet_learning_rate
+    settings["text_encoder_learning_rate"] = spec.encoder_learning_rate
     if spec.start_from is not None:
         # What it holds, wherever it lies.
         settings["start_from"] = tensor_hash(spec.start_from)
@@ -154,35 +157,46 @@ def _differences(before: Identity, now: Identity) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+    # Where settings differ, they are why pictures are treated otherwise.
+    problems += _data_differences(before["data"], now["data"], treatment=not problems)
     if before["base"] != now["base"]:
         problems.append("the base model has other weights")
-    return problems + _data_differences(before["data"], now["data"])
+    return problems
 
 
-def _data_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _data_differences(before: Mapping[str, str], now: Mapping[str, str], *, treatment: bool) -> list[str]:
+    both = [(name, before[name].split("/"), now[name].split("/")) for name in before.keys() & now.keys()]
+    changed = {name for name, (content, _), (other, _) in both if content != other}
     found = {
         "new pictures": now.keys() - before.keys(),
         "missing pictures": before.keys() - now.keys(),
-        "changed pictures or captions": {
-            name for name in before.keys() & now.keys() if before[name] != now[name]
-        },
+        "changed pictures or captions": changed,
     }
+    if treatment:
+        treated = {name for name, (_, own), (_, other) in both if own != other}
+        found["pictures with other settings of their folder"] = treated - changed
     return [f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names]
 
 
 def _marks(what: str, found: PictureSet) -> list[tuple[str, str]]:
-    """Return each picture's name and a hash of its content, its mask's, its caption and its treatment."""
+    """Return each picture's name and two hashes: of its content, its mask's and its caption, and the other
+    of its treatment."""
     marks: dict[str, str] = {}
     for picture in found.pictures:
         name = f"{what}/{_name(picture.path, found.folder)}"
         # A picture may be in a set twice, in two folders of a data set file.
-        marks[name] = hashlib.sha256(f"{marks.get(name)}{_content(picture)}".encode()).hexdigest()
+        before = marks.get(name, "/").split("/")
+        own = _content(picture), repr((picture.repeats, picture.treatment))
+        marks[name] = "/".join(
+            hashlib.sha256(f"{former}{each}".encode()).hexdigest()
+            for former, each in zip(before, own, strict=True)
+        )
     return list(marks.items())
 
 
 def _content(picture: Picture) -> str:
     files = [file_fingerprint(file) for file in (picture.path, picture.mask) if file is not None]
-    return repr((files, picture.caption, picture.repeats, picture.treatment))
+    return repr((files, picture.caption))
 
 
 def _name(path: Path, folder: Path) -> str:

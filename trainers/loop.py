@@ -154,7 +154,7 @@ def _begun(
     data, precision = material.data, material.precision
     facts = base_facts(pipe)
     own = identity(
-        spec,
+        spec.model_copy(update={"resolution": material.resolution}),
         base=facts["studio.base"],
         precision=precision,
         data={"data": data.pictures, "class_data": data.class_pictures, "validation": data.validation},

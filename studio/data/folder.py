@@ -1,6 +1,6 @@
 """Folders of pictures, read: every picture decoded once, and all problems told at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,8 +108,10 @@ def read_subsets(
         problems.append(f"none of the {count(len(bad), 'picture')} in {root} can be read:\n  {_lines(bad)}")
     if problems:
         raise DataError("\n".join(problems))
-    ignored = tuple(text for reading in readings for text in reading.ignored)
-    return PictureSet(root, pictures, tuple(bad), ignored, tuple(_notes(pictures)))
+    ignored = [text for reading in readings for text in reading.ignored]
+    return PictureSet(
+        root, pictures, tuple(bad), (*_beside(subsets, root), *ignored), tuple(_notes(pictures))
+    )
 
 
 def check_folder(folder: Path, setting: str) -> None:
@@ -204,17 +206,28 @@ def _holds_pictures(folder: Path) -> bool:
     )
 
 
+def _beside(subsets: Sequence[Subset], root: Path) -> list[str]:
+    """Return the names of what lies beside the folders that a folder is made of."""
+    used = {subset.folder for subset in subsets}
+    return _names(root, used) if all(folder.parent == root for folder in used) else []
+
+
+def _names(folder: Path, used: Container[Path]) -> list[str]:
+    """Return the names of what lies in a folder and is not among what is used."""
+    return [
+        entry.name + ("/" if entry.is_dir() else "")
+        for entry in sorted(folder.iterdir())
+        if entry not in used and not entry.name.startswith(".")
+    ]
+
+
 def _ignored(subset: Subset, paths: Sequence[Path], masks: set[Path]) -> list[str]:
     """Return the names of what lies in a folder and is not used."""
     used = {file for path in paths if (file := _caption_file(path, subset.extension))} | set(paths)
     used |= {folder for path in paths for folder in path.parents} | {subset.list_file or subset.folder}
     if subset.masks == "file":
         used |= masks | {mask.parent for mask in masks} - {subset.folder}
-    return [
-        entry.name + ("/" if entry.is_dir() else "")
-        for entry in sorted(subset.folder.iterdir())
-        if entry not in used and not entry.name.startswith(".")
-    ]
+    return _names(subset.folder, used)
 
 
 def _caption_file(path: Path, extension: str) -> Path | None:

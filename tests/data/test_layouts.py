@@ -36,6 +36,8 @@ def test_kohyas_folders_give_repeats_and_captions_by_their_names(
         ("2_cat/c.png", "cat", 2),
     ]
     assert read_dataset(spec()).pictures.epoch_size == 22
+    save(tmp_path / "1.5_dog" / "d.png")
+    assert read_dataset(spec()).pictures.ignored == ("1.5_dog/", "log/")
 
 
 def test_a_prompt_wins_over_a_folders_name_and_a_caption_file_over_both(

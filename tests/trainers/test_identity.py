@@ -62,3 +62,24 @@ def test_class_pictures_and_those_held_out_count_too(spec: Spec, folder: Path) -
 def test_the_document_names_all_settings_that_may_change() -> None:
     (listed,) = re.findall(r"Only these settings may change:(.*?)`batch_size`", RUNS.read_text(), re.DOTALL)
     assert set(re.findall(r"`(\w+)`", listed)) == MAY_CHANGE
+
+
+def test_a_changed_setting_is_named_once_and_not_for_every_picture(spec: Spec) -> None:
+    with pytest.raises(TrainingError, match=r"flip was False, is True\. Put it back") as caught:
+        check_same(identity_of(spec()), identity_of(spec(flip=True)), step=1)
+    assert "pictures" not in str(caught.value).partition("Put it back")[0]
+
+
+def test_a_folder_of_its_own_settings_is_named_by_its_pictures(spec: Spec, folder: Path) -> None:
+    toml = folder.with_name("set.toml")
+    text = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{folder}"\nclass_tokens = "a dog"\n'
+    toml.write_text(text)
+    before = identity_of(spec(data=toml))
+    toml.write_text(f"{text}flip_aug = true\n")
+    with pytest.raises(TrainingError, match=r"pictures with other settings of their folder: data/.*0\.png"):
+        check_same(before, identity_of(spec(data=toml)), step=1)
+
+
+def test_the_methods_own_rate_is_the_same_given_or_not(spec: Spec) -> None:
+    own = spec(learning_rate=None)
+    check_same(identity_of(own), identity_of(spec(learning_rate=own.unet_learning_rate)), step=1)
