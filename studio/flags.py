@@ -87,7 +87,7 @@ def read_spec_arguments(
         if name in fields
     }
     problems = _unknown(parser, rest, spec_type)
-    later = {**above, **flags}
+    later = {name: _at_home(value, fields.get(name)) for name, value in {**above, **flags}.items()}
     merged = {**still_meant(spec_type, below, later), **later}
     try:
         spec = spec_type.model_validate(merged)
@@ -133,6 +133,13 @@ def _early(argv: Sequence[str]) -> tuple[Path | None, str | None]:
     parser.add_argument("--method")
     arguments, _ = parser.parse_known_args(argv)
     return arguments.config, arguments.method
+
+
+def _at_home(value: Any, field: FieldInfo | None) -> Any:
+    """Return a path that begins with ``~`` as one in the user's home, as shells do; TOML has no shell."""
+    if field is None or not isinstance(value, str) or not value.startswith("~"):
+        return value
+    return str(Path(value).expanduser()) if Path in alternatives(field.annotation) else value
 
 
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -220,8 +220,8 @@ def _detail(item: Any) -> InitErrorDetails:
     )
 
 
-# The two kinds that get words of our own in `_problem`.
-_KEPT = {"missing", "extra_forbidden"}
+# The kinds that get words of our own in `_problem`.
+_KEPT = {"missing", "extra_forbidden", "tuple_type"}
 
 
 def _problem(item: Any, names: list[str], spec_type: type[BaseModel]) -> str:
@@ -230,6 +230,8 @@ def _problem(item: Any, names: list[str], spec_type: type[BaseModel]) -> str:
         return f"{name}: {of_other_methods(spec_type, name) or f'unknown option.{nearest(name, names)}'}"
     if item["type"] == "missing":
         return f"{name}: is required."
+    if item["type"] == "tuple_type":
+        return f'{name}: must be a list, as in ["a", "b"], got {item["input"]!r}.'
     if item["type"] == "complete":
         return f"{name}: {item['msg']}"
     return f"{name}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}."

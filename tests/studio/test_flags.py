@@ -125,3 +125,19 @@ def test_a_mapping_is_given_as_pairs() -> None:
     assert read(Weighted, "--parts", "a=1", "--parts", "b=0.5").parts == {"a": 1, "b": 0.5}
     with pytest.raises(UsageError, match="'a' must be KEY=VALUE"):
         read(Weighted, "--parts", "a")
+
+
+def test_a_path_in_the_users_home_is_found_from_a_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog.toml").write_text('data = "~/pics"\noutput = "~/dog.safetensors"\nprompt = "~/x"\n')
+    spec = read(TrainSpec, "--config", str(tmp_path / "dog.toml"))
+    assert (spec.data, spec.output) == (tmp_path / "pics", tmp_path / "dog.safetensors")
+    assert spec.prompt == "~/x"
+
+
+def test_a_text_where_a_list_is_wanted_is_said(tmp_path: Path) -> None:
+    (tmp_path / "dog.toml").write_text('sample_prompts = "a cat"\n')
+    with pytest.raises(SpecError, match=r'sample_prompts: must be a list, as in \["a", "b"\], got \'a cat\''):
+        read(TrainSpec, "--config", str(tmp_path / "dog.toml"))
