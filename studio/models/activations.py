@@ -42,15 +42,16 @@ def _convolve(module: nn.Conv2d, pixels: Tensor, weight: Tensor, bias: Tensor | 
     """Stand for a convolution's ``_conv_forward``."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     if learns or not pixels.requires_grad or not torch.is_grad_enabled():
-        return nn.Conv2d._conv_forward(module, pixels, weight, bias)
+        plain: Tensor = nn.Conv2d._conv_forward(module, pixels, weight, bias)
+        return plain
     settings = module.stride, module.padding, module.dilation, module.groups
-    convolved: Tensor = _FrozenConvolution.apply(pixels, weight, bias, *settings)
-    return convolved
+    lean: Tensor = _FrozenConvolution.apply(pixels, weight, bias, *settings)  # type: ignore[no-untyped-call]
+    return lean
 
 
 def _project_and_gate(module: Any, states: Tensor) -> Tensor:
     """Stand for the ``forward`` of diffusers' GEGLU."""
-    gated: Tensor = _Gate.apply(module.proj(states))
+    gated: Tensor = _Gate.apply(module.proj(states))  # type: ignore[no-untyped-call]
     return gated
 
 
