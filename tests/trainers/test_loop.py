@@ -177,7 +177,7 @@ def test_a_stop_returns_what_is_trained_so_far(tiny_sd: Callable[[], Any], spec:
         adapter = train(pipe, spec(steps=50, schedule="constant"), on_event=events.append, stop=done)
     assert adapter.metadata["ss_steps"] == "2" and adapter.metadata["ss_max_train_steps"] == "50"
     said = [event.message for event in events if event.kind == "message"]
-    assert said[-1] == "Stopped after 2 of 50 steps."
+    assert said[-1] == "Stopped after 2 of 50 steps; to go on: resume (--resume)."
     assert same(adapter, train(pipe, spec(steps=2, schedule="constant", overwrite=True)))
 
 
@@ -270,6 +270,7 @@ def test_a_first_step_that_breaks_down_has_nothing_to_save(
     with pytest.raises(TrainingError, match=r"at step 1\..*Nothing was trained before it"):
         train(pipe, spec())
     assert sorted(path.name for path in (tmp_path / "out" / "dog-run").iterdir()) == [
+        ".lock",
         "log.jsonl",
         "spec.toml",
     ]
