@@ -40,7 +40,7 @@ def preset(*names: str) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"unknown preset '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
         own = read_toml(_folder() / f"{name}.toml")
-        if {"method"} <= own.keys() & values.keys() and own["method"] != values["method"]:
+        if "method" in values and own.get("method", values["method"]) != values["method"]:
             values = {each: value for each, value in values.items() if each in TrainSpec.model_fields}
         values = still_meant(TrainSpec, values, own) | own
     return values

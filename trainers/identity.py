@@ -179,8 +179,7 @@ def _data_differences(before: Mapping[str, str], now: Mapping[str, str], *, trea
 
 
 def _marks(what: str, found: PictureSet) -> list[tuple[str, str]]:
-    """Return each picture's name and two hashes: of its content, its mask's and its caption, and the other
-    of its treatment."""
+    """Return each picture's name and two hashes: ``<of pixels, mask and caption>/<of its treatment>``."""
     marks: dict[str, str] = {}
     for picture in found.pictures:
         name = f"{what}/{_name(picture.path, found.folder)}"

@@ -210,7 +210,7 @@ class TrainSpec(DataSpec):
 
     @classmethod
     def meaning_changed(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Collection[str]:
-        """Return the learning rate where method and optimizer of two requests differ in their own rates."""
+        """Return the learning rates where method and optimizer of two requests differ in their own one."""
         chosen = [
             {name: each[name] for name in ("method", "optimizer") if name in each} for each in (before, after)
         ]
