@@ -64,15 +64,10 @@ class Workshop:
         path.write_text(json.dumps(known | facts, indent=2, sort_keys=True) + "\n")
 
     def pixels(self, renders: int, textures: int, *, seed: int) -> Tensor:
-        """Return renders and textures ``[N, 3, size, size]`` uint8 for the autoencoder."""
+        """Return renders, subjects anywhere, and textures ``[N, 3, size, size]`` uint8 for the autoencoder."""
         recipe, size = self.recipe, self.recipe.size
         pictures = render_many(
-            renders,
-            seed=seed,
-            size=size,
-            vocabulary=recipe.vocabulary,
-            cells=recipe.cells,
-            workers=self.workers,
+            renders, seed=seed, size=size, vocabulary=recipe.vocabulary, workers=self.workers
         ).pixels
         if not textures:
             return pictures

@@ -32,15 +32,15 @@ def random_placement(rng: random.Random, *, cells: int | None = None) -> Placeme
 
     Args:
         rng: Source of the choice.
-        cells: Align the subject to a grid of so many cells to a side. Where the cells are an autoencoder's
-            patches, a subject gives the same latents wherever it sits: far fewer to learn.
+        cells: Align the subject to a grid of so many cells to a side, and never mirror it. Where the cells
+            are an autoencoder's patches, a subject gives the same latents wherever it sits: far fewer to learn.
     """
     if cells:
         margins = [width for width in range(1, cells) if _SIDES[0] <= 1 - 2 * width / cells <= _SIDES[1]]
         margin = rng.choice(margins)
         # One cell of background stays at every border.
         dx, dy = (rng.randint(1 - margin, margin - 1) / cells for _ in range(2))
-        return Placement(1 - 2 * margin / cells, dx, dy, rng.random() < 0.5)
+        return Placement(1 - 2 * margin / cells, dx, dy)
     scale = rng.uniform(*_SIDES)
     room = (1 - scale) / 2
     return Placement(
