@@ -215,6 +215,7 @@ def train_decoder(
     """Train the decoder to invert the fixed encoder.
 
     Every second batch also holds noisy latents, so that the decoder forgives a UNet that is slightly off.
+    Half of the pictures have their colour planes interchanged: renders have few colours, adapters bring more.
 
     Args:
         vae: Its decoder is trained in place.
@@ -234,6 +235,9 @@ def train_decoder(
         generator = machine.generator(seed, step)
         rows = torch.randint(len(pixels), (batch,), generator=generator, device=device)
         chosen = pixels[rows.cpu()].to(device)
+        planes = torch.rand(batch, 3, generator=generator, device=device).argsort(1)
+        planes[::2] = torch.arange(3, device=device)
+        chosen = chosen.gather(1, planes[:, :, None, None].expand_as(chosen))
         latents = encode_linear(chosen, offset, components)
         if step % 2:
             latents = latents + 0.05 * torch.randn(latents.shape, generator=generator, device=device)

@@ -64,7 +64,7 @@ class Workshop:
         path.write_text(json.dumps(known | facts, indent=2, sort_keys=True) + "\n")
 
     def pixels(self, renders: int, textures: int, *, seed: int) -> Tensor:
-        """Return renders, subjects anywhere, and textures ``[N, 3, size, size]`` uint8 for the autoencoder."""
+        """Return renders (subjects anywhere) and textures ``[N, 3, size, size]`` uint8 to code."""
         recipe, size = self.recipe, self.recipe.size
         pictures = render_many(
             renders, seed=seed, size=size, vocabulary=recipe.vocabulary, workers=self.workers

@@ -33,7 +33,8 @@ def random_placement(rng: random.Random, *, cells: int | None = None) -> Placeme
     Args:
         rng: Source of the choice.
         cells: Align the subject to a grid of so many cells to a side, and never mirror it. Where the cells
-            are an autoencoder's patches, a subject gives the same latents wherever it sits: far fewer to learn.
+            are an autoencoder's patches, a subject gives the same latents wherever it sits: far fewer to
+            learn.
     """
     if cells:
         margins = [width for width in range(1, cells) if _SIDES[0] <= 1 - 2 * width / cells <= _SIDES[1]]
