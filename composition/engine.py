@@ -40,6 +40,7 @@ from studio.composition.mixing import Mixer, check_branches, half
 from studio.composition.multistep import check_restarts
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, PlanRow, Request, Step
 from studio.composition.planner import Planner, make_composer, make_modifiers
+from studio.composition.policies import say_once
 from studio.composition.position import Position
 from studio.composition.prompts import Prompts
 from studio.errors import CompositionError
@@ -361,6 +362,8 @@ class Composition:
             check_restarts(self._pipe.scheduler)
         steps = [self.plan.at(step) for step in run]
         check_branches(self.plan, steps)
+        for advice in self.plan.without_effect(run):
+            say_once(advice)
         if any(branch.slot is not None for branches in steps for branch in branches):
             if self._maps is not None:
                 raise CompositionError(

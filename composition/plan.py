@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from studio.errors import UsageError
 from studio.specs import Options as MethodOptions
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from studio.adapters.adapter import Adapter
     from studio.composition.attention import View
+    from studio.composition.shaped import Curve
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,10 @@ class Plan(ABC):
     def check(self, total: int) -> None:  # noqa: B027 - most plans suit every number of steps
         """Raise CompositionError when a run of ``total`` steps cannot do what the plan is for."""
 
+    def without_effect(self, run: Sequence[Step]) -> Iterator[str]:
+        """Yield a sentence on each part of the plan that does nothing in a run of these steps."""
+        return iter(())
+
     def describe(self, total: int) -> list[PlanRow]:
         """Return the table adapter x step of a full run of ``total`` steps.
 
@@ -307,6 +312,14 @@ class Planning:
 class Composer(Planning, ABC):
     """A composition method: from adapters and weights a plan."""
 
+    def weighed(self, factors: "Mapping[str, Mapping[str, Curve]]") -> "Composer":
+        """Return the composer that multiplies adapters' weights by these, parameter by parameter.
+
+        Only one that makes one adapter of several has to: other plans give weights to each, which modifiers
+        change afterwards.
+        """
+        return self
+
     @abstractmethod
     def prepare(
         self,
@@ -326,14 +339,24 @@ class Modifier(Planning, ABC):
     """Changes what a composition method decided, whichever it is.
 
     Attributes:
-        outermost: Whether it has the last word, whatever the order that modifiers are given in.
+        outermost: The higher, the later it has its word, whatever the order that modifiers are given in.
     """
 
-    outermost: ClassVar[bool] = False
+    outermost: ClassVar[int] = 0
 
     def takes(self, adapters: Sequence[str]) -> Sequence[str]:
         """Return the adapters that are this modifier's own, which the method is not shown."""
         return ()
+
+    def factors(
+        self, adapters: "Mapping[str, Adapter]", base: BaseInfo | None = None
+    ) -> "Mapping[str, Mapping[str, Curve]]":
+        """Return by what it multiplies adapters' weights, by adapter and by each parameter that it changes.
+
+        Raises:
+            CompositionError: If the options do not suit the adapters.
+        """
+        return {}
 
     @abstractmethod
     def modify(
@@ -356,41 +379,3 @@ class Modifier(Planning, ABC):
         Raises:
             CompositionError: If the options do not suit the plan or the adapters.
         """
-
-
-@dataclass(frozen=True)
-class ModifiedPlan(Plan):
-    """A plan that follows another one; what it does not change is the other's.
-
-    Attributes:
-        inner: The other plan.
-    """
-
-    inner: Plan
-
-    @property
-    def constant(self) -> bool:  # type: ignore[override]
-        """True when the inner plan does not depend on the step."""
-        return self.inner.constant
-
-    def restarts(self, step: Step) -> bool:
-        """Return whether the inner plan has the solver start anew."""
-        return self.inner.restarts(step)
-
-    def steered(self, view: "View") -> "Tensor | None":
-        """Return the latents that the inner plan goes on with."""
-        return self.inner.steered(view)
-
-    def found(self, maps: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
-        """Return the regions that the inner plan finds."""
-        return self.inner.found(maps)
-
-    def check(self, total: int) -> None:
-        """Raise CompositionError when a run of ``total`` steps cannot do what the inner plan is for."""
-        self.inner.check(total)
-
-    @classmethod
-    def around(cls, plan: Plan, **changes: Any) -> Self:
-        """Return a plan around another one, with its fields except for the changes."""
-        own = {name: getattr(plan, name) for name in (each.name for each in fields(Plan))}
-        return cls(**{**own, **changes}, inner=plan)

@@ -6,6 +6,7 @@ from typing import Any
 
 from studio.adapters.adapter import Adapter
 from studio.composition.plan import BaseInfo, Composer, Modifier, Plan, Request
+from studio.composition.shaped import Curve
 from studio.errors import CompositionError, UsageError
 from studio.registry import COMPOSERS, MODIFIERS
 from studio.specs import Options as MethodOptions
@@ -41,7 +42,10 @@ class Planner:
             taken |= own
         shown = {name: adapter for name, adapter in self.adapters.items() if name not in taken}
         weights = {name: self.weights[name] for name in shown}
-        plan = self.composer.prepare(shown, weights, self.base, request)
+        factors: dict[str, Mapping[str, Curve]] = {}
+        for modifier in self.modifiers:
+            factors |= modifier.factors(shown, self.base)
+        plan = self.composer.weighed(factors).prepare(shown, weights, self.base, request)
         for modifier in self.modifiers:
             plan = modifier.modify(plan, self.adapters, self.weights, self.base, request)
         return plan

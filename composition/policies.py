@@ -51,14 +51,15 @@ def check_some(method: str, adapters: Collection[str]) -> None:
 def say_if_alone(adapters: Collection[str]) -> None:
     """Say, once of each name, when a method that takes turns or averages is given one adapter."""
     if len(adapters) == 1:
-        _say(
+        say_once(
             f"'{next(iter(adapters))}' alone acts in every step, as it would by method 'merge': this method "
             "is for several adapters."
         )
 
 
 @cache
-def _say(text: str) -> None:
+def say_once(text: str) -> None:
+    """Warn of what does nothing, once of each."""
     logger.warning(text)
 
 

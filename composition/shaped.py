@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from studio.composition.plan import Branch, LayerWeights, ModifiedPlan, Plan, Step
-from studio.errors import CompositionError
+from studio.composition.modified import ModifiedPlan
+from studio.composition.plan import Branch, LayerWeights, Step
 
 Curve = float | tuple[tuple[float, float], ...]
 """One weight, or points (place, weight) in ascending order of place."""
@@ -98,16 +98,6 @@ class ShapedPlan(ModifiedPlan):
         if isinstance(given, Mapping):
             return {layer: weight * factor for layer, weight in given.items()}
         return given * factor
-
-
-def check_named(modifier: str, names: Sequence[str], plan: Plan) -> None:
-    """Raise CompositionError if a modifier names adapters that the plan does not give weights to."""
-    if unknown := [name for name in names if name not in plan.adapters]:
-        raise CompositionError(
-            f"{modifier}: '{unknown[0]}' is none of what the method gives weights to: "
-            f"{', '.join(plan.adapters) or 'nothing'}. Name one of these; a pinned adapter keeps its weight "
-            "everywhere, and a method that makes one adapter of several leaves only that one."
-        )
 
 
 def _points(given: Any) -> tuple[tuple[float, float], ...]:

@@ -10,7 +10,7 @@ from studio.adapters.files import load_adapter, save_adapter
 from studio.adapters.metadata import now
 from studio.bases import base_to_train, cached_base
 from studio.batches.drawing import draw_wanted, missing
-from studio.batches.lines import Line, wanted_pictures
+from studio.batches.lines import Line, Wanted, wanted_pictures
 from studio.batches.manifest import Manifest
 from studio.batches.run import draw_batch, draw_grid, written
 from studio.composition.engine import compose
@@ -290,7 +290,16 @@ def generate_batch(
         found = draw_wanted(wanted, batch_size=batch_size, write=False, tell=on_event or silent)
         return (result for _, result in found)
     todo = missing(wanted, overwrite=overwrite)
-    return written(todo, Manifest(Path(output)), batch_size=batch_size, tell=on_event or silent)
+    return _listed(todo, Manifest(Path(output)), batch_size=batch_size, tell=on_event or silent)
+
+
+def _listed(
+    todo: Sequence[Wanted], manifest: Manifest, *, batch_size: int, tell: OnEvent
+) -> Iterator[Result]:
+    try:
+        yield from written(todo, manifest, batch_size=batch_size, tell=tell)
+    finally:
+        manifest.settle()
 
 
 def warm(base: str, *, device: str = "auto", precision: str = "auto") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from studio import __version__
 from studio.commands import INTERRUPTED, NAMES, command, say
-from studio.errors import StudioError, UsageError, memory_shortage
+from studio.errors import Interrupted, StudioError, UsageError, memory_shortage
 from studio.flags import Parser
 from studio.registry import nearest
 
@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
+    except Interrupted as error:
+        say(str(error))
+        return error.exit_code
     except StudioError as error:
         if debug:
             traceback.print_exc()

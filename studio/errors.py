@@ -56,6 +56,12 @@ class TrainingError(StudioError):
     """Training cannot start or go on."""
 
 
+class Interrupted(TrainingError):
+    """Training was asked to stop before it had anything to write; what it has made is kept."""
+
+    exit_code = 130
+
+
 class OutputError(StudioError):
     """A result cannot be written."""
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studio.errors import StudioError
+from studio.errors import Interrupted, StudioError
 from studio.jobs import Job, JobStore, Kind
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
 from studio.specs.composing import CompareSpec, PlanSpec
@@ -101,7 +101,10 @@ class Worker:
         def report(event: Event) -> None:
             self.store.report(job.id, event)
 
-        _carry_out(job.kind)(spec, on_event=report, stop=stop)
+        try:
+            _carry_out(job.kind)(spec, on_event=report, stop=stop)
+        except Interrupted as error:
+            report(Event(kind="message", message=str(error)))
 
     def _unexpected(self, job: Job, error: Exception) -> str:
         """Write the traceback to the job's log file and return one line for the user."""

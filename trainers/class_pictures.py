@@ -14,7 +14,7 @@ from studio.data.batches import derived_seed
 from studio.data.dataset import class_treatment
 from studio.data.folder import read_pictures
 from studio.data.picture import PictureSet
-from studio.errors import TrainingError
+from studio.errors import Interrupted
 from studio.specs.events import Event, OnEvent
 from studio.specs.train import TrainSpec
 from studio.trainers.run_folder import RunFolder
@@ -53,7 +53,7 @@ def draw_class_pictures(
 
     Raises:
         OutputError: If a picture cannot be written.
-        TrainingError: If told to stop; the pictures drawn so far are kept.
+        Interrupted: If told to stop; the pictures drawn so far are kept.
     """
     folder = class_folder(spec)
     wanted: dict[Path, tuple[str, int]] = {}
@@ -67,7 +67,7 @@ def draw_class_pictures(
     missing = [(path, *made_of) for path, made_of in wanted.items() if not _complete(path)]
     for first in range(0, len(missing), spec.batch_size):
         if stop():
-            raise TrainingError(
+            raise Interrupted(
                 f"stopped while drawing class pictures, before the first training step. {first} of "
                 f"{len(missing)} are drawn and kept in {folder}; the same run goes on with the rest."
             )

@@ -294,10 +294,16 @@ def _check_same_start(processes: Processes, saved: State | None) -> None:
 
 
 def _recorded(folder: RunFolder, on_event: OnEvent) -> OnEvent:
-    """Return what logs events in a run's folder and tells of them."""
+    """Return what logs events in a run's folder, from when there is one, and tells of them."""
+    # A run that fails before it leaves anything leaves no folder either.
+    unwritten: list[Event] = []
 
     def tell(event: Event) -> None:
-        folder.record(event)
+        unwritten.append(event)
+        if folder.path.is_dir():
+            for each in unwritten:
+                folder.record(each)
+            unwritten.clear()
         on_event(event)
 
     return tell

@@ -1,5 +1,6 @@
 """Layers that start from an adapter's file: whether it fits them, and its matrices in their places."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from studio.adapters.kinds.dora import DoraChange
 from studio.adapters.kinds.lora import LoraChange
 from studio.errors import TrainingError
 from studio.trainers.layer_method import PEFT_NAME
+from studio.trainers.targets import parts_of, within
 
 SHOWN = 3
 """How many layers a message names."""
@@ -53,10 +55,12 @@ def check_layers(adapter: Adapter, ranks: Mapping[str, int]) -> None:
         found, wanted = (
             ", ".join(map(str, sorted({each[name] for name in differing}))) for each in (own, ranks)
         )
-        all_alike = len(set(own.values())) == 1
-        setting = f"rank to {found}" if all_alike else "rank and block_ranks to those of the file"
+        usual, blocks = _settings(own)
+        listed = ", ".join(f"{part} = {rank}" for part, rank in blocks.items())
+        also = f"block_ranks to {listed}" if blocks else "leave block_ranks out"
+        setting = f"Set rank to {usual}{f' and {also}' if blocks or len(set(ranks.values())) > 1 else ''}."
         raise TrainingError(
-            f"{file} has rank {found} at {_named(differing)}, the run has rank {wanted}. Set {setting}."
+            f"{file} has rank {found} at {_named(differing)}, the run has rank {wanted}. {setting}"
         )
 
 
@@ -92,6 +96,24 @@ def _low_rank(change: Any) -> LoraChange:
     found = change.direction if isinstance(change, DoraChange) else change
     assert isinstance(found, LoraChange)
     return found
+
+
+def _settings(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Return the rank of most layers, and that of the others by parts of names, as block_ranks takes them."""
+    modules = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
+    usual = Counter(modules.values()).most_common(1)[0][0]
+    found: dict[str, int] = {}
+    for module, rank in modules.items():
+        if rank == usual or any(within(part, module) for part in found):
+            continue
+        # The shortest part that only layers of this rank have; in the end the whole name is one.
+        for length in range(1, module.count(".") + 2):
+            parts = [part for part in parts_of([module], length=length) if not part[0].isdigit()]
+            ranks_of = {part: {modules[each] for each in modules if within(part, each)} for part in parts}
+            if own := [part for part in parts if ranks_of[part] == {rank}]:
+                found[own[0]] = rank
+                break
+    return usual, found
 
 
 def _named(names: Sequence[str]) -> str:

@@ -88,12 +88,12 @@ def by_name(layers: Mapping[str, Collection[str]], values: Mapping[str, V], *, o
         TrainingError: If one matches no layer; names the most similar part that there is.
     """
     names = [f"{component}.{name}" for component, found in layers.items() for name in found]
-    unused = [part for part in values if not any(_within(part, name) for name in names)]
+    unused = [part for part in values if not any(within(part, name) for name in names)]
     if unused:
-        similar = nearest(unused[0], _parts(names, length=unused[0].count(".") + 1))
+        similar = nearest(unused[0], parts_of(names, length=unused[0].count(".") + 1))
         example = f" Layers are called like '{names[0]}'." if names else ""
         raise TrainingError(f"{option} matches no layer: {', '.join(map(repr, unused))}.{similar}{example}")
-    return {name: value for part, value in values.items() for name in names if _within(part, name)}
+    return {name: value for part, value in values.items() for name in names if within(part, name)}
 
 
 def check_ranks(layers: Layers, ranks: Mapping[str, int], *, times: int = 1) -> None:
@@ -132,12 +132,12 @@ def canonical_name(component: str, module_name: str) -> str:
     return f"{component}.{module_name}.weight"
 
 
-def _within(part: str, name: str) -> bool:
+def within(part: str, name: str) -> bool:
     """Say whether the words of ``part`` stand in a row in ``name``: "layers.1" does not in "layers.11"."""
     return f".{part}." in f".{name}."
 
 
-def _parts(names: Collection[str], *, length: int) -> list[str]:
+def parts_of(names: Collection[str], *, length: int) -> list[str]:
     """Return all runs of so many words in the names."""
     runs: dict[str, None] = {}
     for name in names:

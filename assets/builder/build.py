@@ -36,7 +36,7 @@ ASSETS = Path(__file__).resolve().parent.parent
 STARTER = ASSETS / "starter"
 _STRANGERS = 3000
 _CODE_PICTURES = 4096  # the patch code is fitted on so many renders, and on a quarter as many textures
-_DECODER_PICTURES = 32_768
+_DECODER_PICTURES = 16_384
 _SLICE = 16_384  # pictures in memory at a time
 _HELD = 256  # pictures kept apart to measure the reconstruction
 

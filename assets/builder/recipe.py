@@ -126,7 +126,7 @@ STARTER = Recipe(
     text_schedule=Schedule(steps=2000, warmup=100, decay=0.9),
     decoder_schedule=Schedule(steps=4000, rate=2e-3, decay=0.9, weight_decay=1e-3),
     unet_schedule=Schedule(steps=30_000, rate=1e-3, warmup=500, ema=0.999),
-    decoder_batch=64,
+    decoder_batch=8,
     batch=512,
     aligned=True,
 )

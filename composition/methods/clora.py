@@ -52,8 +52,8 @@ class CloraPlan(Plan):
         """Raise CompositionError unless the prompt is known."""
         if self.words is None:
             raise CompositionError(
-                "method 'clora' looks for concepts in the prompt, which was encoded outside. Call the "
-                "pipeline given to compose() inside the 'with' block and pass the prompt as text."
+                "method 'clora' looks for concepts in the prompt, which is not known. Give it (--prompt); in "
+                "Python call the pipeline given to compose() inside the 'with' block, the prompt as text."
             )
 
     def updates(self, step: Step) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -73,6 +73,17 @@ class KLoraPlan(Plan):
         if contents not in self._branches:
             self._branches[contents] = self._branch(contents)
         return (self._branches[contents],)
+
+    def without_effect(self, run: Sequence[Step]) -> Iterator[str]:
+        """Yield a sentence on each adapter that acts on none of the layers that it changes in a run."""
+        branches = {id(branch): branch for step in run for branch in self.at(step)}.values()
+        for name, changed in self.changed.items():
+            if changed and not any(branch.mean_weight(name) for branch in branches):
+                yield (
+                    f"klora: '{name}' acts on no layer: in each that it changes, another counts for more at "
+                    "every step. Choose other alpha and beta, set gamma to 'one' and raise its weight, or "
+                    "leave it out."
+                )
 
     @property
     def switching_points(self) -> dict[str, tuple[tuple[float, str], ...]]:

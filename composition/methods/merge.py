@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from studio.composition.plan import BaseInfo, Branch, Composer, Plan, Request, Step
+from studio.errors import CompositionError
 from studio.registry import COMPOSERS
 from studio.specs import MergeOptions
+from studio.specs import Options as MethodOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from studio.adapters.adapter import Adapter
+    from studio.composition.shaped import Curve
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,30 @@ class Merge(Composer):
     class Options(MergeOptions):
         """How the adapters become one."""
 
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._factors: dict[str, Mapping[str, float]] = {}
+
+    def weighed(self, factors: "Mapping[str, Mapping[str, Curve]]") -> "Merge":
+        """Return a composer that merges adapters with these factors; a weighted sum leaves them to the plan.
+
+        Raises:
+            CompositionError: If one changes over the steps.
+        """
+        if self.options.how == "linear":
+            return self
+        composer = Merge(self.options)
+        for name, curves in factors.items():
+            composer._factors[name] = {
+                parameter: curve for parameter, curve in curves.items() if not isinstance(curve, tuple)
+            }
+            if len(composer._factors[name]) < len(curves):
+                raise CompositionError(
+                    f"blocks: weights of '{name}' change over the steps, and '{self.options.how}' merges the "
+                    "adapters once, before the first. Give numbers, or set how to linear."
+                )
+        return composer
+
     def prepare(
         self,
         adapters: "Mapping[str, Adapter]",
@@ -60,7 +87,9 @@ class Merge(Composer):
 
         name = f"{self.options.how} of {', '.join(adapters)}"
         merger, parameter = self.options.merger(), _reader(base.pipe if base else None)
-        merged = merge_adapters(adapters, weights, merger, name=name, parameter=parameter)
+        merged = merge_adapters(
+            adapters, weights, merger, factors=self._factors, name=name, parameter=parameter
+        )
         alone = {name: 1.0}
         return MergePlan((name,), weights=alone, text_weights=alone, formed={name: merged.adapter})
 

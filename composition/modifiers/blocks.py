@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from studio.composition.block_names import BASE, block_label, listed, numbered_blocks
 from studio.composition.plan import BaseInfo, Modifier, Plan, Request, covers, layers_over
-from studio.composition.shaped import Curve, ShapedPlan, check_named, curve_text, read_curve
+from studio.composition.policies import known
+from studio.composition.shaped import Curve, ShapedPlan, curve_text, read_curve
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS, nearest
 from studio.specs import Options as MethodOptions
@@ -54,8 +55,12 @@ class Blocks(Modifier):
     """Multiply adapters' weights by one for each block or layer, convolutions included, under any method.
 
     Blocks that are not named keep the adapter's weight. A list in the web UI's order names all blocks of the
-    UNet: those without a value get 0, what is in no block keeps the adapter's weight.
+    UNet: those without a value get 0, what is in no block keeps the adapter's weight. Adapters that a method
+    makes one of have these weights before it does.
     """
+
+    # After pinned adapters have joined.
+    outermost = 2
 
     class Options(MethodOptions):
         """Options of block weights."""
@@ -64,6 +69,19 @@ class Blocks(Modifier):
             description="By adapter: weights or curves by block ('up_blocks.1', 'mid_block.resnets.0.conv1', "
             "'IN04', 'BASE' for the text encoders), or the web UI's list of values."
         )
+
+    def factors(
+        self, adapters: "Mapping[str, Adapter]", base: BaseInfo | None = None
+    ) -> Mapping[str, Mapping[str, Curve]]:
+        """Return the weights by parameter, those of the text encoders included."""
+        found: dict[str, Mapping[str, Curve]] = {}
+        for name, given in self.options.weights.items():
+            if name in adapters:
+                spoken, shape = _shape(name, given, adapters[name], base)
+                found[name] = {
+                    parameter: shape.get(parameter, spoken) for parameter in adapters[name].changes
+                }
+        return found
 
     def modify(
         self,
@@ -76,20 +94,15 @@ class Blocks(Modifier):
         """Return the plan with these weights by block.
 
         Raises:
-            CompositionError: If weights are for an adapter that the plan gives no weight to, for a block that
-                it does not change, of another number than the base has blocks, or the text encoders', which
-                run once, change over the steps.
+            CompositionError: If weights are for an adapter that is not there, for a block that it does not
+                change, of another number than the base has blocks, or the text encoders', which run once,
+                change over the steps.
         """
         given: Mapping[str, BlockWeights] = self.options.weights
-        check_named("blocks", list(given), plan)
+        known("blocks", list(given), list(adapters))
         spoken, shapes = {}, {}
         for name, blocks in given.items():
-            spoken[name], layers = _layers(name, blocks, adapters[name], base)
-            shapes[name] = {
-                parameter: next((layers[each] for each in layers_over(parameter) if each in layers), 1.0)
-                for parameter in adapters[name].changes
-                if parameter.startswith("unet.")
-            }
+            spoken[name], shapes[name] = _shape(name, blocks, adapters[name], base)
         return ShapedPlan.around(
             plan,
             shapes=shapes,
@@ -102,6 +115,18 @@ class Blocks(Modifier):
 
 def _times(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
     return {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
+
+
+def _shape(
+    name: str, given: BlockWeights, adapter: "Adapter", base: BaseInfo | None
+) -> tuple[float, dict[str, Curve]]:
+    """Return the factor of the adapter's text-encoder parts, and the curve of each parameter of the UNet."""
+    spoken, layers = _layers(name, given, adapter, base)
+    return spoken, {
+        parameter: next((layers[each] for each in layers_over(parameter) if each in layers), 1.0)
+        for parameter in adapter.changes
+        if parameter.startswith("unet.")
+    }
 
 
 def _layers(
@@ -127,7 +152,9 @@ def _layers(
             factor = curve
             continue
         prefixes = blocks.get(label) or (_canonical(block),)
-        if not any(covers(prefix, parameter) for prefix in prefixes for parameter in adapter.changes):
+        # The UNet as a whole may be named of any adapter: two weights, for it and the text encoders, do so.
+        there = any(covers(prefix, parameter) for prefix in prefixes for parameter in adapter.changes)
+        if not there and block != "unet":
             raise CompositionError(_nothing_there(name, block, adapter.changes))
         found.update(dict.fromkeys(prefixes, curve))
     if isinstance(factor, tuple):

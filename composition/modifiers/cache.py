@@ -1,12 +1,13 @@
 """Cache: keep the deep features of each branch for some steps."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from studio.composition.plan import BaseInfo, Branch, Cut, ModifiedPlan, Modifier, Plan, Request, Step
+from studio.composition.modified import ModifiedPlan
+from studio.composition.plan import BaseInfo, Branch, Cut, Modifier, Plan, Request, Step
 from studio.registry import MODIFIERS
 from studio.specs import Options as MethodOptions
 
@@ -31,6 +32,21 @@ class CachedPlan(ModifiedPlan):
             replace(branch, slot=_slot(place, branch), reuse=self._reuse(step))
             for place, branch in enumerate(self.inner.at(step))
         )
+
+    def without_effect(self, run: Sequence[Step]) -> Iterator[str]:
+        """Yield a sentence where no step of a run reuses or refreshes, and what the inner plan yields."""
+        own, total = self.options, run[0].total
+        if own.interval > 1 and not any(map(self._reuse, run)):
+            yield (
+                f"cache: all {total} steps of this run are computed whole, with interval {own.interval}, "
+                f"full_first {own.full_first} and full_last {own.full_last}. Lower these, or leave it out."
+            )
+        elif own.interval >= total > 1:
+            yield (
+                f"cache: with interval {own.interval}, what the first steps of this run of {total} compute "
+                "is never refreshed. Lower interval."
+            )
+        yield from self.inner.without_effect(run)
 
     def _reuse(self, step: Step) -> int:
         outer = step.index < self.options.full_first or step.index >= step.total - self.options.full_last

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from studio.composition.modified import ModifiedPlan
 from studio.composition.plan import (
     BaseInfo,
     Branch,
-    ModifiedPlan,
     Modifier,
     Plan,
     Request,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step, Text
+from studio.composition.modified import ModifiedPlan
+from studio.composition.plan import BaseInfo, Branch, Modifier, Plan, Request, Step, Text
 from studio.composition.policies import known
 from studio.registry import MODIFIERS
 from studio.specs import Options as MethodOptions

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step
+from studio.composition.modified import ModifiedPlan
+from studio.composition.plan import BaseInfo, Branch, Modifier, Plan, Request, Step
 from studio.composition.policies import known
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS
@@ -42,7 +43,7 @@ class Pin(Modifier):
     Safety Alignment Backfires, arXiv:2412.00357 (Modular LoRA).
     """
 
-    outermost = True
+    outermost = 1
 
     class Options(MethodOptions):
         """Options of pinning."""

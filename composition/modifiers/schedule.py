@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from studio.composition.plan import BaseInfo, Modifier, Plan, Request
-from studio.composition.shaped import ShapedPlan, check_named, curve_text, read_curve
+from studio.composition.shaped import ShapedPlan, curve_text, read_curve
+from studio.errors import CompositionError
 from studio.registry import MODIFIERS
 from studio.specs import Options as MethodOptions
 
@@ -45,5 +46,10 @@ class Schedule(Modifier):
         Raises:
             CompositionError: If a curve is for an adapter that the plan gives no weight to.
         """
-        check_named("schedule", list(self.options.weights), plan)
+        if unknown := [name for name in self.options.weights if name not in plan.adapters]:
+            raise CompositionError(
+                f"schedule: '{unknown[0]}' is none of what the method gives weights to: "
+                f"{', '.join(plan.adapters) or 'nothing'}. Name one of these; a pinned adapter keeps its "
+                "weight at every step, and a method that makes one adapter of several leaves only that one."
+            )
         return ShapedPlan.around(plan, shapes=self.options.weights)

@@ -1,12 +1,13 @@
 """Skip guidance: in some steps the conditional answer counts alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from studio.composition.plan import BaseInfo, Branch, ModifiedPlan, Modifier, Plan, Request, Step
+from studio.composition.modified import ModifiedPlan
+from studio.composition.plan import BaseInfo, Branch, Modifier, Plan, Request, Step
 from studio.errors import CompositionError
 from studio.registry import MODIFIERS
 from studio.specs import Options as MethodOptions
@@ -30,10 +31,23 @@ class UnguidedPlan(ModifiedPlan):
     def at(self, step: Step) -> Sequence[Branch]:
         """Return the inner plan's branches, of the conditional rows alone where guidance is skipped."""
         branches = self.inner.at(step)
-        if not self.start <= step.fraction < self.end:
+        if not self._skips(step):
             return branches
         kept = [branch for branch in branches if branch.answers_for("conditional")]
         return tuple(replace(branch, rows="conditional") for branch in kept)
+
+    def without_effect(self, run: Sequence[Step]) -> Iterator[str]:
+        """Yield a sentence where no step of a run is in the stretch, and what the inner plan yields."""
+        if not any(map(self._skips, run)):
+            yield (
+                f"skip-guidance: no step of this run, from {run[0].fraction:.3g} to "
+                f"{run[-1].fraction:.3g} of the schedule, lies between start {self.start:g} and end "
+                f"{self.end:g}. Widen it, or leave it out."
+            )
+        yield from self.inner.without_effect(run)
+
+    def _skips(self, step: Step) -> bool:
+        return self.start <= step.fraction < self.end
 
 
 @MODIFIERS.register("skip-guidance")

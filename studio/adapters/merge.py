@@ -72,6 +72,7 @@ def merge_adapters(
     weights: Mapping[str, float],
     merger: Merger,
     *,
+    factors: Mapping[str, Mapping[str, float]] | None = None,
     name: str = "merged",
     parameter: Callable[[str], Tensor] | None = None,
     spectra: bool = False,
@@ -83,6 +84,7 @@ def merge_adapters(
         adapters: By name, fitted to one base.
         weights: By name.
         merger: The algorithm.
+        factors: By what an adapter's weight is multiplied, by adapter and parameter; 1 where not given.
         name: Of the merged adapter.
         parameter: From a canonical name to the base's parameter; None where no base is known.
         spectra: Also find the singular values of what is written without them.
@@ -95,8 +97,10 @@ def merge_adapters(
     weights = {key: weight for key, weight in merger.weights(weights).items() if weight}
     terms: dict[str, list[Term]] = {}
     for key, weight in weights.items():
+        own = (factors or {}).get(key, {})
         for target, change in adapters[key].changes.items():
-            terms.setdefault(target, []).append(Term(key, change, weight))
+            if factor := own.get(target, 1.0):
+                terms.setdefault(target, []).append(Term(key, change, weight * factor))
     largest = max((rank for parts in terms.values() for rank in _ranks(parts) if rank), default=None)
     layers: dict[str, MergedLayer] = {}
     for done, target in enumerate(terms):
@@ -129,8 +133,8 @@ def _layer(
     needy = [term for term in terms if not isinstance(term.change, SELF_CONTAINED)]
     if needy and parameter is None:
         raise BaseNeeded(
-            f"the change of '{name}' by '{needy[0].adapter}' depends on the base's weight, and no base is "
-            "given. Give the base model."
+            f"the change of '{name}' by '{needy[0].adapter}' depends on the base's weight, and the base is "
+            "not loaded. Load it, or leave that adapter out."
         )
     base = parameter(name) if needy and parameter else None
     if len(shape) < 2:

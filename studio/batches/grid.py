@@ -20,7 +20,7 @@ from studio.png import NOT_OF_THE_PICTURE
 from studio.prompt_settings import settled
 from studio.registry import COMPOSERS, MODIFIERS, nearest
 from studio.specs import GenerateSpec, GridSpec, adapter_names, parse_spec, settable
-from studio.specs.base import alternatives
+from studio.specs.base import alternatives, of_other_methods
 from studio.specs.choice import NONE, read_choice, split
 from studio.specs.grid import Axis
 
@@ -78,8 +78,10 @@ def lay_out(spec: GridSpec) -> Grid:
     """
     axes = [(name, axis) for name in "zyx" if (axis := getattr(spec, name)) is not None]
     fields = [axis.field for _, axis in axes]
-    if twice := [field for place, field in enumerate(fields) if field in fields[:place]]:
-        raise SpecError([f"two axes are called '{twice[0]}'. Leave one out."])
+    names = {axis.field: name for name, axis in axes}
+    if twice := [(name, axis.field) for name, axis in axes if names[axis.field] != name]:
+        name, field = twice[0]
+        raise SpecError([f"{names[field]} and {name} are both '{field}'. Leave one out."])
     known = _known(spec)
     values = [_values(name, axis, known) for name, axis in axes]
     if (count := prod(map(len, values))) > _MOST:
@@ -92,14 +94,19 @@ def lay_out(spec: GridSpec) -> Grid:
         try:
             cell = _cell(spec, dict(zip(fields, chosen, strict=True)))
         except UsageError as error:
-            problems |= dict.fromkeys(error.problems if isinstance(error, SpecError) else [str(error)])
+            for problem in error.problems if isinstance(error, SpecError) else [str(error)]:
+                axis_name = names.get(problem.partition(":")[0])
+                problems[f"{axis_name}: {problem}" if axis_name else problem] = None
             continue
         words = ", ".join(about.values())
         if (other := same.setdefault(cell.model_dump_json(), words)) is not words:
-            problem = (
-                f"'{other}' and '{words}' are the same picture. Leave a value out; what the prompt itself "
-                "says counts above the axes."
-            )
+            if other == words:
+                problem = f"'{words}' stands twice. Give each value once."
+            else:
+                problem = (
+                    f"'{other}' and '{words}' are the same picture. Leave a value out; what the prompt "
+                    "itself says counts above the axes."
+                )
             problems[problem] = None
         found.append(Wanted(cell, number, about))
     if problems:
@@ -135,7 +142,10 @@ def _values(name: str, axis: Axis, known: Mapping[str, FieldInfo | None]) -> lis
     """
     field, dot, _ = axis.field.partition(".")
     if field not in known or (dot and field != "weight"):
-        raise SpecError([f"{name}: there is no '{axis.field}'.{nearest(axis.field, list(known))}"])
+        other = of_other_methods(GenerateSpec, axis.field)
+        close = nearest(axis.field, list(known))
+        said = f"'{axis.field}' {other}" if other else f"there is no '{axis.field}'.{close}"
+        raise SpecError([f"{name}: {said}"])
     declared = known[field]
     kinds = alternatives(declared.annotation) if declared else [float] if field == "weight" else []
     if str in kinds or not {int, float} & {*kinds}:
@@ -154,10 +164,15 @@ def _numbers(name: str, text: str, *, whole: bool) -> list[str]:
         step = (last - first) / max(count - 1, 1)
     else:
         count = int((last - first) / step) + 1 if step else 0
-    if not 1 <= count <= _MOST or last < first:
+    if count < 1 or last < first:
         raise SpecError(
-            [f"{name}: '{text}' is no range. Write FIRST-LAST, FIRST-LAST(+STEP) or FIRST-LAST[COUNT]."]
+            [
+                f"{name}: '{text}' is no range, which goes up from its first number. Write FIRST-LAST, "
+                "FIRST-LAST(+STEP) or FIRST-LAST[COUNT]."
+            ]
         )
+    if count > _MOST:
+        raise SpecError([f"{name}: '{text}' has {count} values, at most {_MOST} are drawn. Give fewer."])
     values = [first + step * place for place in range(count)]
     return [str(round(value)) if whole else f"{round(value, 6).normalize():f}" for value in values]
 

@@ -1,6 +1,7 @@
-"""``manifest.jsonl`` beside the pictures of a batch: one line for each, only ever appended to.
+"""``manifest.jsonl`` beside the pictures of a batch: one line for each.
 
-A picture that was drawn anew stands in it again; the later line counts.
+While pictures are drawn it is only ever appended to: one that is drawn anew stands in it again, and the later
+line counts. In the end the earlier ones are taken out.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import OutputError
+from studio.whole_file import whole_file
 
 NAME = "manifest.jsonl"
 
@@ -58,6 +60,23 @@ class Manifest:
             raise OutputError(f"cannot write '{self.path}': {error.strerror or error}.") from None
         self._hashes[picture.name] = digest
 
+    def settle(self) -> None:
+        """Leave the last line alone of each picture that was drawn anew; no other process may be appending.
+
+        Raises:
+            OutputError: If it cannot be read or written.
+        """
+        try:
+            rows = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        except OSError as error:
+            raise OutputError(f"cannot use '{self.path}': {error.strerror or error}.") from None
+        files = [entry["file"] if (entry := _entry(row)) else None for row in rows]
+        last = {file: place for place, file in enumerate(files)}
+        kept = [row for place, row in enumerate(rows) if files[place] is None or last[files[place]] == place]
+        if len(kept) < len(rows):
+            with whole_file(self.path) as unfinished:
+                unfinished.write_text("\n".join(kept), encoding="utf-8")
+
     def _append(self, text: str) -> None:
         # One write to a file that is opened for appending comes whole and never into another's.
         place = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -78,12 +97,13 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _entries(text: str) -> list[dict[str, Any]]:
-    found = []
-    for row in text.splitlines():
-        try:
-            entry = json.loads(row)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and {"file", "sha256"} <= entry.keys():
-            found.append(entry)
-    return found
+    # Not at other ends of lines, which may stand in a prompt.
+    return [entry for row in text.split("\n") if (entry := _entry(row))]
+
+
+def _entry(row: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(row)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() else None

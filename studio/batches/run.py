@@ -180,6 +180,8 @@ def _drawn(
     with processes.together():
         stopped = processes.any(stopped)
         drawn = round(processes.total(drawn))
+        if processes.main:
+            manifest.settle()
     kept = len(pictures) - len(todo)
     return BatchResult(manifest.path, len(pictures), drawn, kept, (), stopped, processes.main)
 

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from studio.errors import Interrupted
 from studio.flags import Parser
 
 Command = Callable[[Parser, Sequence[str]], int]
-INTERRUPTED = 130
+INTERRUPTED = Interrupted.exit_code
 """Exit code of what was stopped before its end."""
 NAMES = (
     "train",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.commands import INTERRUPTED, say
+from studio.errors import UsageError
 from studio.flags import Parser, read_spec_arguments, read_toml
 from studio.interrupt import SafeStop
 from studio.specs import BatchSpec, GenerateSpec, GridSpec
@@ -65,9 +66,21 @@ def _kind(argv: Sequence[str]) -> type[BatchSpec] | type[GridSpec] | None:
     for name in _KINDS:
         parser.add_argument(f"--{name}")
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--prompt")
     named = parser.parse_known_args(argv)[0]
     settings = read_toml(named.config) if named.config is not None else {}
-    return next((_KINDS[name] for name in _KINDS if getattr(named, name) or name in settings), None)
+    asked = [name for name in _KINDS if getattr(named, name) or name in settings]
+    if "prompts" in asked and len(asked) > 1:
+        raise UsageError(
+            f"--prompts draws a file of prompts, --{asked[1]} a grid. Give one of the two; a grid of several "
+            "prompts is --x prompt='a fox','a cat'."
+        )
+    if "prompts" in asked and named.prompt is not None:
+        raise UsageError(
+            "--prompts takes each line of a file for a prompt, so there is no --prompt beside it. Give one "
+            "of the two."
+        )
+    return _KINDS[asked[0]] if asked else None
 
 
 def _folder(

@@ -13,9 +13,17 @@ from studio.adapters.merge import merge_adapters
 from studio.adapters.parameters import components_of, find_parameter
 from studio.bases import cached_base, known_fingerprint
 from studio.composing.average import Average
-from studio.composing.planning import load_adapters, plan_of, reads_prompt, tell_differences, weights_of
+from studio.composing.planning import (
+    MEASURE,
+    load_adapters,
+    plan_of,
+    reads_prompt,
+    tell_differences,
+    weights_of,
+)
 from studio.composition.engine import compose
 from studio.composition.fit import tokens_of
+from studio.errors import BaseNeeded
 from studio.generation import Settings, draw, quiet
 from studio.merging.merge import check_without_base
 from studio.merging.outputs import described, inherited_facts, write_with_tokens
@@ -104,19 +112,22 @@ def bake(spec: BakeSpec, *, on_event: OnEvent | None = None) -> BakeResult:
 
     check_target(spec.output, overwrite=spec.overwrite)
     tell_differences(spec, tell)
+    loaded = spec.measure or bool(spec.prompts)
+    pipe = cached_base(spec.base, spec.device, "auto", on_event=tell) if loaded else None
+    try:
+        planned = plan_of(
+            spec,
+            pipe,
+            prompt=spec.prompts[0] if spec.prompts else None,
+            fingerprint=None if loaded else known_fingerprint(spec.base, spec.device, "auto"),
+        )
+    except BaseNeeded as error:
+        raise BaseNeeded(f"{error} {MEASURE}") from None
+    tokens = tokens_of(planned.adapters, {name: planned.weights.get(name, 1.0) for name in planned.adapters})
+    average = Average(planned.plan, planned.adapters, total=spec.steps)
     if reads_prompt(spec) and not spec.prompts:
         message = "the plan depends on the prompt; baked is the one without. Give --prompt."
         tell(Event(kind="message", message=message))
-    loaded = spec.measure or bool(spec.prompts)
-    pipe = cached_base(spec.base, spec.device, "auto", on_event=tell) if loaded else None
-    planned = plan_of(
-        spec,
-        pipe,
-        prompt=spec.prompts[0] if spec.prompts else None,
-        fingerprint=None if loaded else known_fingerprint(spec.base, spec.device, "auto"),
-    )
-    tokens = tokens_of(planned.adapters, {name: planned.weights.get(name, 1.0) for name in planned.adapters})
-    average = Average(planned.plan, planned.adapters, total=spec.steps)
     layered = {name: adapter for name, adapter in planned.adapters.items() if adapter.changes}
     if pipe is None:
         check_without_base(layered, remedy="Give --measure, which loads it.")

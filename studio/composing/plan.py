@@ -2,8 +2,9 @@
 
 from studio.bases import cached_base, known_fingerprint
 from studio.composing.picture import draw_timeline
-from studio.composing.planning import Planned, plan_of, reads_prompt, tell_differences
+from studio.composing.planning import MEASURE, Planned, plan_of, reads_prompt, tell_differences
 from studio.composing.timeline import Timeline, timeline
+from studio.composition.plan import Step
 from studio.errors import BaseNeeded
 from studio.inspection import refuse_existing
 from studio.specs import Event, OnEvent
@@ -33,10 +34,14 @@ def show_plan(spec: PlanSpec, *, on_event: OnEvent | None = None) -> Timeline:
     if spec.picture:
         refuse_existing(spec.picture, overwrite=spec.overwrite)
     tell_differences(spec, tell)
+    plan = _planned(spec, tell).plan
+    found = timeline(plan, spec.steps)
     if spec.prompt is None and reads_prompt(spec):
         message = "the plan depends on the prompt; this is the one without. Give --prompt."
         tell(Event(kind="message", message=message))
-    found = timeline(_planned(spec, tell).plan, spec.steps)
+    run = [Step(index, spec.steps, index / spec.steps) for index in range(spec.steps)]
+    for advice in plan.without_effect(run):
+        tell(Event(kind="message", message=advice))
     if spec.picture:
         with whole_file(spec.picture) as unfinished:
             draw_timeline(found).save(unfinished, format="PNG", optimize=True)
@@ -52,6 +57,6 @@ def _planned(spec: PlanSpec, tell: OnEvent) -> Planned:
             return plan_of(spec, fingerprint=known)
         except BaseNeeded as error:
             if not spec.measure:
-                raise BaseNeeded(f"{error} Here --measure loads the base.") from None
+                raise BaseNeeded(f"{error} {MEASURE}") from None
     pipe = cached_base(spec.base, spec.device, spec.precision, on_event=tell)
     return plan_of(spec, pipe, prompt=spec.prompt)

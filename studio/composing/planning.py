@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+MEASURE = "Here --measure loads the base."
+"""What to add where the base is needed and was not loaded."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan and what it is made of.

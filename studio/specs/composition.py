@@ -47,6 +47,11 @@ class AdapterUse(BaseModel):
         Raises:
             PydanticCustomError: If what follows a file's name and a colon is no number.
         """
+        if found := _TWO_WEIGHTS.fullmatch(text):
+            raise complete(
+                f"'{text}' has two weights, and one is read here. Write {found[1]}:WEIGHT; 'studio compose "
+                "--bake' makes one adapter of several that have two."
+            )
         path, _, weight = text.rpartition(":")
         try:
             number = float(weight)
@@ -162,7 +167,8 @@ def with_text_weights(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if found:
             weight, spoken = _two_weights(found[2], item)
             # What the method weighs is the adapter; the text encoders get a factor, or all but them nothing.
-            tables[place] = {"BASE": spoken / weight} if weight else {"unet": 0.0}
+            if spoken != weight:
+                tables[place] = {"BASE": spoken / weight} if weight else {"unet": 0.0}
             item = f"{found[1]}:{weight or spoken}"
         plain.append(item)
     given = {**given, "adapters": plain}

@@ -31,7 +31,7 @@ class Axis(BaseModel):
     def _read(cls, given: Any) -> Any:
         if isinstance(given, str):
             field, equals, values = given.partition("=")
-            if not equals:
+            if not equals or not values.strip():
                 raise complete(f"'{given}' must be FIELD=VALUE,VALUE.")
             return {"field": field, "values": values}
         if isinstance(given, Mapping) and len(given) == 1:

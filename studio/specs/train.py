@@ -305,6 +305,15 @@ class TrainSpec(DataSpec):
             )
         return number
 
+    @field_validator("class_prompts")
+    @classmethod
+    def _says_something(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(prompt.strip() for prompt in prompts):
+            raise complete(
+                "one is empty. Say what the base shall not forget, such as 'a dog', or leave it out."
+            )
+        return prompts
+
     @field_validator("class_data")
     @classmethod
     def _one_class_caption(cls, folder: Path | None, info: ValidationInfo) -> Path | None:

@@ -229,6 +229,8 @@ def test_what_no_adapter_can_hold_is_refused(
     uses = [{"path": str(path)}]
     with pytest.raises(AdapterError, match=r"'dora' is of the kind dora.*Give --measure, which loads it\."):
         baked(adapters=uses)
+    with pytest.raises(AdapterError, match=r"the base is not loaded\..*Here --measure loads the base"):
+        baked(adapters=uses, options={"how": "svd"})
     base = composition()["base"]
     measured = baked(adapters=uses, base=base, measure=True, device="cpu")
     pipe = studio.load_base(base, device="cpu")

@@ -186,6 +186,9 @@ def test_a_plan_that_reads_the_prompt_loads_the_base_only_with_one(
 def test_what_cannot_be_planned_is_said(shown: Callable[..., Timeline], duo: Path, tmp_path: Path) -> None:
     with pytest.raises(CompositionError, match=r"switch_every=5 in a run of 5 steps lets only 'fox' act"):
         shown(**NOWHERE, method="switch", steps=5)
+    clora = {"concepts": {"fox": "fox", "ink": "ink"}, "triggers": {"fox": "sks", "ink": "tok"}}
+    with pytest.raises(CompositionError, match=r"which is not known. Give it \(--prompt\)"):
+        shown(**NOWHERE, method="clora", options=clora)
     with pytest.raises(UsageError, match=r"picture: must be a file name that ends in \.png"):
         studio.specs.parse_spec(PlanSpec, {"picture": "plan.jpg"})  # type: ignore[attr-defined]
     from studio.adapters.adapter import Adapter

@@ -17,6 +17,7 @@ from studio.composition.methods.switch import Switch
 from studio.composition.modifiers.blocks import Blocks, read_blocks
 from studio.composition.modifiers.schedule import Schedule
 from studio.composition.plan import BaseInfo, Composer, Plan, Step, covers
+from studio.composition.planner import Planner, make_modifiers
 from studio.errors import CompositionError, SpecError
 from studio.specs import parse_spec
 
@@ -234,8 +235,36 @@ def test_a_list_without_a_base_and_an_unknown_adapter_are_refused() -> None:
     with pytest.raises(CompositionError, match=r"needs a base to count its blocks. Name the blocks"):
         blocked([1.0] * 17, family=None)
     plan = Merge().prepare({"ink": adapter()}, {"ink": 1.0})
-    with pytest.raises(CompositionError, match=r"blocks: 'fox' is none of .*: ink. Name one of these"):
-        Blocks(Blocks.Options(weights={"fox": {"conv_in": 0}})).modify(plan, {}, {})
+    with pytest.raises(CompositionError, match=r"blocks: unknown adapter 'fox'. Known: ink"):
+        Blocks(Blocks.Options(weights={"fox": {"conv_in": 0}})).modify(plan, {"ink": adapter()}, {})
+
+
+def test_blocks_reach_pinned_and_negative_adapters_and_those_that_a_merge_makes_one_of() -> None:
+    spoken = "text_encoder.layer.weight"
+    change = LoraChange.sample((4, 4), generator=torch.Generator().manual_seed(0))
+    changes = {spoken: change, "unet.conv_in.weight": change}
+    adapters = {name: Adapter(name, "lora", changes) for name in ("fox", "ink", "safe", "bad")}
+    halved = {name: {"BASE": 0.5} for name in ("fox", "safe", "bad")}
+    modifiers = {
+        "blocks": {"weights": halved},
+        "negative": {"adapters": ["bad"]},
+        "pin": {"adapters": ["safe"]},
+    }
+    merge = Merge(Merge.Options(how="svd"))
+    weights = dict.fromkeys(adapters, 1.0)
+    plan = Planner(merge, make_modifiers(modifiers), adapters, weights, None).plan()
+    merged = plan.formed["svd of fox, ink"].changes
+    for name, factor in ((spoken, 1.5), ("unet.conv_in.weight", 2.0)):
+        zeros = torch.zeros(4, 4)
+        wanted = factor * change.delta(zeros, weight=1.0)
+        torch.testing.assert_close(merged[name].delta(zeros, weight=1.0), wanted)  # fp32
+    assert plan.text_weights == {"svd of fox, ink": 1.0, "safe": 0.5}
+    assert plan.texts["negative"].weights == {"svd of fox, ink": 1.0, "bad": 0.5, "safe": 0.5}
+    (_, unconditional) = plan.at(Step(0, 1, 0.0))
+    assert [unconditional.weight(name, "unet.conv_in.weight") for name in ("bad", "safe")] == [1.0, 1.0]
+    curved = make_modifiers({"blocks": {"weights": {"fox": {"unet": "0@0 1@1"}}}})
+    with pytest.raises(CompositionError, match=r"'svd' merges the adapters once.*how to linear"):
+        Planner(merge, curved, adapters, weights, None).plan()
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,14 @@ def test_an_adapter_of_weight_zero_or_without_effect_leaves_the_layers_to_the_ot
     assert set(acting(plan_of({"content": style, "style": untrained}), late)) == {"content"}
 
 
+def test_an_adapter_that_loses_everywhere_is_named() -> None:
+    adapters = {"content": adapter(1), "style": adapter(2), "weak": adapter(3)}
+    plan = plan_of(adapters, {"content": 1.0, "style": 1.0, "weak": 1e-3}, gamma="one")
+    (said,) = plan.without_effect(steps(20))
+    assert said.startswith("klora: 'weak' acts on no layer") and "leave it out" in said
+    assert not list(plan_of(adapters).without_effect(steps(20)))
+
+
 def test_the_table_tells_the_share_of_the_layers() -> None:
     plan = plan_of({"content": adapter(1), "style": adapter(2)}, {"content": 1.0, "style": 0.5})
     rows = {row.adapter: row.weights for row in plan.describe(8)}

@@ -68,7 +68,7 @@ def test_kinds_that_depend_on_the_base_are_merged_where_it_is_known(
     dora = KINDS["dora"].sample(tuple(weight.shape), generator=torch.Generator().manual_seed(0))
     mixed = two | {"a": replace(two["a"], kind="dora", changes={name: dora})}
     merge = Merge(Merge.Options(how="soup"))
-    with pytest.raises(AdapterError, match="depends on the base's weight, and no base is given"):
+    with pytest.raises(AdapterError, match="depends on the base's weight, and the base is not loaded"):
         merge.prepare(mixed, {"a": 1.0, "b": 1.0})
     plan = merge.prepare(mixed, {"a": 1.0, "b": 1.0}, BaseInfo("sd1", {}, pipe))
     got = plan.formed["soup of a, b"].changes[name].delta(weight, weight=1.0)

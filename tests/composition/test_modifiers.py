@@ -137,6 +137,21 @@ def test_texts_and_regions_come_along() -> None:
     assert plan.texts == inner.texts and plan.at(steps(3)[0])[0].text == "a"
 
 
+def test_a_modifier_that_does_nothing_in_a_run_is_said_once(
+    sd: Any, draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    modifiers = {"cache": {"interval": 7, "full_first": 3}, "skip-guidance": {"start": 0.9}}
+    with compose(sd, {}, modifiers=modifiers):
+        for _ in range(2):
+            draw(sd, steps=3)
+    skipping, caching = [record.getMessage() for record in caplog.records]
+    assert caching.startswith("cache: all 3 steps of this run are computed whole, with interval 7, ")
+    assert "from 0 to 0.667 of the schedule, lies between start 0.9 and end 1" in skipping
+    plan = Cache(Cache.Options(interval=9)).modify(Merge().prepare({}, {}), {}, {})
+    assert "interval 9, what the first" in next(plan.without_effect(steps(9)))
+    assert not list(plan.without_effect(steps(10)))
+
+
 @pytest.mark.parametrize(
     ("modifiers", "error", "says"),
     [

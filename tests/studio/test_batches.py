@@ -1,5 +1,6 @@
 """Many prompts: each picture is drawn once, alike in any batch, and listed; a run that ended goes on."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_pictures_with_other_settings_are_refused_or_drawn_anew(
     # What stays as it is, is not drawn: the second line has a negative prompt of its own.
     again = other.model_copy(update={"overwrite": True})
     assert drawn(again)[0] == ["0003-1.png", "0003-2.png"] and drawn(again)[0] == []
+    assert len((other.output / "manifest.jsonl").read_text().splitlines()) == 3  # one for each picture
     assert read_manifest(other.output)["0003-1.png"]["settings"]["negative_prompt"] == "rain"
 
     (other.output / "0003-1.png").write_bytes(b"mine")
@@ -336,8 +338,10 @@ def test_text_encoders_and_unet_get_the_weights_that_are_asked_for(tiny_base: st
         Adapter("ink", "lora", changes), path, format="diffusers", base=pipe, dtype=torch.float32
     )
     own = {name: find_parameter(components_of(pipe), name).detach().double() for name in names}
-    for given, weights in (("unet=0.8:te=-0.3", (0.8, -0.3)), ("unet=0:te=0.7", (0, 0.7))):
-        spec = parse_spec(GenerateSpec, {"prompt": "a", "adapters": f"{path}:{given}"})
+    ways: tuple[dict[str, Any], ...] = ({}, {"how": "svd"}, {"modifiers": "pin:adapters=ink"})
+    asked = (("unet=0.8:te=-0.3", (0.8, -0.3)), ("unet=0:te=0.7", (0, 0.7)))
+    for (given, weights), way in itertools.product(asked, ways):
+        spec = parse_spec(GenerateSpec, {"prompt": "a", "adapters": f"{path}:{given}", **way})
         with composed(pipe, spec):
             for name, weight in zip(names, weights, strict=True):
                 found = find_parameter(components_of(pipe), name).detach().double()

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from studio import __version__, cli, commands
+from studio.errors import Interrupted
 from studio.jobs import JobStore, workspace
 
 
@@ -85,6 +86,8 @@ def test_inspect_and_convert_read_what_train_wrote(
         ("generate --from nothing.png", 2, "there is no file 'nothing.png'"),
         ("generate --prompt x --base no/such/base", 1, "base model 'no/such/base' does not exist"),
         ("generate --prompt x --config nothing.toml", 2, "cannot read the config file 'nothing.toml'"),
+        ("generate --prompts p.txt --x seed=1-4", 2, "a grid of several prompts is --x prompt="),
+        ("generate --prompts p.txt --prompt x", 2, "there is no --prompt beside it"),
         ("inspect nothing.safetensors", 1, "nothing.safetensors does not exist"),
         ("convert x.safetensors --output y.safetensors --format no", 2, "unknown adapter format 'no'"),
         ("jobs cancel", 2, "which job?"),
@@ -115,6 +118,17 @@ def test_an_error_of_the_system_is_a_message_too(
     monkeypatch.setattr("studio.commands.doctor.run", full)
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "error: No space left on device: x.png\n"
+
+
+def test_what_was_stopped_before_its_first_step_ends_as_other_interruptions_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> int:
+        raise Interrupted("stopped while drawing class pictures")
+
+    monkeypatch.setattr("studio.commands.doctor.run", stopped)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped while drawing class pictures\n"
 
 
 @pytest.mark.parametrize("command", ["", *commands.NAMES])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from studio.adapters.adapter import Adapter
 from studio.data.cache import MemoryCache
-from studio.errors import DataError, OutputError, TrainingError, UsageError
+from studio.errors import DataError, Interrupted, OutputError, TrainingError, UsageError
 from studio.specs import Event, GenerateSpec, TrainSpec, parse_spec
 from studio.trainers.class_pictures import class_folder, draw_class_pictures
 from studio.trainers.loop import train
@@ -102,7 +102,7 @@ def test_pictures_made_in_another_way_are_not_taken(
 
 def test_a_stop_keeps_what_is_drawn_and_says_so(spec: Spec) -> None:
     run, painter = spec(**DRAWN), Painter()
-    with pytest.raises(TrainingError, match=r"2 of 5 are drawn and kept in .*goes on with the rest"):
+    with pytest.raises(Interrupted, match=r"2 of 5 are drawn and kept in .*goes on with the rest"):
         drawn(run, painter, stop=lambda: len(painter.asked) >= 2)
     again = Painter()
     drawn(run, again)
@@ -161,6 +161,12 @@ def test_class_pictures_that_nothing_draws_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(TrainingError, match="nothing to draw class pictures with"):
         train(tiny_sd(), spec(**DRAWN))
+
+
+def test_an_empty_class_prompt_is_refused(tmp_path: Path) -> None:
+    given = {"data": tmp_path, "output": "dog.safetensors", "class_prompts": ["a cat", " "]}
+    with pytest.raises(UsageError, match=r"class_prompts: one is empty. .* or leave it out"):
+        parse_spec(TrainSpec, given)
 
 
 def test_several_class_prompts_beside_a_folder_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from studio.errors import OutputError
+from studio.errors import OutputError, TrainingError
 from studio.flags import Parser, read_spec_arguments
 from studio.specs import Event, TrainSpec
 from studio.trainers.loop import train
@@ -95,6 +95,9 @@ def test_what_a_run_reads_is_not_removed_with_an_earlier_run(spec: Spec, name: s
 
 def test_two_runs_do_not_write_to_one_folder(tiny_sd: Callable[[], Any], spec: Spec) -> None:
     pipe, run = tiny_sd(), spec(steps=1)
+    with pytest.raises(TrainingError, match="rank must be at most"):
+        train(pipe, spec(rank=4096))
+    assert not RunFolder(run.output).path.exists(), "a run that cannot start leaves no folder"
     with RunFolder(run.output).held(), pytest.raises(OutputError, match="another run is writing to"):
         train(pipe, run)
     train(pipe, run)

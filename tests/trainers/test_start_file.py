@@ -11,11 +11,14 @@ import torch
 from studio.adapters.adapter import Adapter
 from studio.adapters.files import load_adapter, save_adapter
 from studio.adapters.header import tensor_hash
+from studio.adapters.kinds.lora import LoraChange
 from studio.adapters.parameters import components_of, find_parameter
 from studio.errors import SpecError, TrainingError
 from studio.registry import KINDS, TRAINERS
 from studio.specs import Event, TrainSpec, parse_spec
 from studio.trainers.loop import train
+from studio.trainers.start_file import check_layers
+from studio.trainers.targets import by_name
 
 Spec = Callable[..., TrainSpec]
 
@@ -67,9 +70,10 @@ def test_a_run_starts_with_the_files_change_whatever_its_alpha(
         ({"method": "dora"}, {}, "is of the kind 'dora', this run's method makes 'lora'. Set method to dora"),
         ({}, {"rank": 2}, r"has rank 3 at 32 layers \(unet.*, \.\.\.\), the run has rank 2. Set rank to 3"),
         ({}, {"targets": "attention+ff"}, r"lacks \d+ layers \(.*\) of the \d+ that are trained. Choose tar"),
+        ({}, {"block_ranks": {"attn1": 2}}, "has rank 3 at 1.*Set rank to 3 and leave block_ranks out"),
         ({"train_text_encoder": True}, {}, "changes 8 layers .* that the run does not train. Choose targets"),
     ],
-    ids=["kind", "rank", "lacks", "strays"],
+    ids=["kind", "rank", "lacks", "blocks", "strays"],
 )
 def test_a_file_that_does_not_fit_is_refused_with_what_to_set(
     base: Any, spec: Spec, tmp_path: Path, own: dict[str, Any], values: dict[str, Any], words: str
@@ -77,6 +81,24 @@ def test_a_file_that_does_not_fit_is_refused_with_what_to_set(
     file = written(base, tmp_path, **own)
     with pytest.raises(TrainingError, match=f"old.safetensors {words}"):
         train(base, spec(**{"rank": 3, "start_from": file} | values))
+
+
+def test_the_ranks_of_a_files_blocks_are_said_as_a_run_takes_them() -> None:
+    layer = "unet.{}.attentions.0.transformer_blocks.0.attn{}.to_q.weight"
+    places = [(block, number) for block in ("down_blocks.0", "mid_block", "up_blocks.1") for number in (1, 2)]
+    ranks = dict(zip((layer.format(*place) for place in places), (3, 3, 5, 5, 3, 7), strict=True))
+    changes = {
+        name: LoraChange(torch.ones(rank, 9), torch.ones(9, rank), 1.0) for name, rank in ranks.items()
+    }
+    file = Adapter("old", "lora", changes)
+    match = r"Set rank to 3 and block_ranks to mid_block = 5, up_.* = 7\."
+    with pytest.raises(TrainingError, match=match) as said:
+        check_layers(file, dict.fromkeys(ranks, 3))
+    listed = str(said.value).split("block_ranks to ")[1].removesuffix(".").split(", ")
+    own = {part: int(rank) for part, rank in (each.split(" = ") for each in listed)}
+    names = [name.removesuffix(".weight").removeprefix("unet.") for name in ranks]
+    found = by_name({"unet": names}, own, option="block_ranks")
+    assert [found.get(f"unet.{name}", 3) for name in names] == list(ranks.values())
 
 
 def test_another_start_or_another_method_is_refused(spec: Spec) -> None:

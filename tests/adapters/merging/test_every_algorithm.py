@@ -213,7 +213,7 @@ def test_what_cannot_be_merged_is_said(merged: Run, lora: Make) -> None:
         merged("linear", {"a": small, "b": large}, {"a": 1.0, "b": 1.0})
     generator = torch.Generator().manual_seed(0)
     turned = Adapter("turned", "oft", {LINEAR: OftChange.sample((24, 40), generator=generator)})
-    with pytest.raises(AdapterError, match="depends on the base's weight, and no base is given"):
+    with pytest.raises(AdapterError, match="depends on the base's weight, and the base is not loaded"):
         merged("linear", {"a": turned}, {"a": 1.0})
     dense = Adapter("dense", "full", {LINEAR: FullChange(torch.ones(24, 40))})
     with pytest.raises(UsageError, match=r"a rank to merge at\. Give rank or dense"):
