@@ -49,29 +49,33 @@ class _Job:
 
 
 def frame(
-    draw: Callable[[int], Image.Image], rng: random.Random, *, size: int
+    draw: Callable[[int], Image.Image], rng: random.Random, *, size: int, cells: int | None = None
 ) -> tuple[Image.Image, tuple[int, ...]]:
     """Return a picture and the SDXL time ids that are true of it.
 
     Most pictures are whole and sharp, however large they are said to have been; some were smaller, so they
-    are soft; some are a part of a larger one.
+    are soft; some are the right of a wide picture or the bottom of a tall one.
 
     Args:
-        draw: Renders the same picture at any size.
+        draw: Renders the same picture at any size, with background in its corners.
         rng: Source of the choice.
         size: Side of the picture in pixels.
+        cells: Cut whole cells of a grid of so many to a side; see ``random_placement``.
 
     SDXL, arXiv:2307.01952, Sec. 2.2.
     """
     roll = rng.random()
     if roll < 0.1:
-        small = rng.randrange(size // 2, size)
+        small = round(size * rng.choice((0.5, 0.75)))
         return draw(small).resize((size, size), Image.Resampling.BICUBIC), (small, small, 0, 0, size, size)
     if roll < 0.25:
-        large = rng.randrange(size + 1, size + size // 4 + 1)
-        top, left = rng.randrange(large - size + 1), rng.randrange(large - size + 1)
-        picture = draw(large).crop((left, top, left + size, top + size))
-        return picture, (large, large, top, left, size, size)
+        grid = cells or size
+        cut = rng.randint(1, grid // 4) * size // grid
+        top, left = (cut, 0) if rng.random() < 0.5 else (0, cut)
+        whole = draw(size)
+        picture = Image.new("RGB", whole.size, whole.getpixel((0, 0)))
+        picture.paste(whole, (-left, -top))
+        return picture, (size + top, size + left, top, left, size, size)
     height, width = (rng.randrange(size, 8 * size) if roll < 0.5 else size for _ in range(2))
     return draw(size), (height, width, 0, 0, size, size)
 
@@ -95,7 +99,7 @@ def _render_chunk(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             (subject, style), ground = rng.choice(shown), rng.choice(list(words.backgrounds))
         draw = partial(_draw, subject.name, style, ground, random_placement(rng, cells=job.cells))
         if job.framed:
-            picture, time_ids[row] = frame(draw, rng, size=job.size)
+            picture, time_ids[row] = frame(draw, rng, size=job.size, cells=job.cells)
         else:
             picture, time_ids[row] = draw(job.size), (job.size, job.size, 0, 0, job.size, job.size)
         pixels[row] = np.asarray(picture)

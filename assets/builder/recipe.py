@@ -136,9 +136,9 @@ STARTER_XL = replace(
     name="starter-xl",
     texts=(TextSpec(), TextSpec(width=192, heads=6, projected=True)),
     unet={
-        "block_out_channels": (128, 160, 192),
+        "block_out_channels": (64, 128, 192),
         "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (4, 5, 6),
+        "attention_head_dim": (2, 4, 6),
     },
 )
 

@@ -121,16 +121,20 @@ def test_time_ids_are_true_of_framed_pictures() -> None:
 
     seen = set()
     for seed in range(60):
-        picture, (height, _, top, left, *target) = frame(ramp, random.Random(seed), size=64)
-        row = np.asarray(picture)[0, :, 0].astype(int)
+        picture, (height, width, top, left, *target) = frame(ramp, random.Random(seed), size=64, cells=16)
+        row, column = (np.asarray(picture)[at][..., 0].astype(int) for at in (0, (slice(None), 63)))
         assert target == [64, 64] and picture.size == (64, 64)
         if height < 64:
-            assert (top, left) == (0, 0) and row.max() < height
+            assert (top, left) == (0, 0) and row.max() < height == width
             seen.add("small")
-        elif (top, left) == (0, 0) and row[-1] == 63:
+        elif (top, left) == (0, 0):
+            assert row.tolist() == list(range(64))
             seen.add("whole")
         else:
-            assert (row == np.arange(left, left + 64)).all() and left + 64 <= height
+            # What was cut off at one side is missing at the other: background, here black, is there.
+            assert (height - top, width - left) == (64, 64) and (top + left) % 4 == 0 and top * left == 0
+            assert row.tolist() == [*range(left, 64), *[0] * left]
+            assert left or column.tolist() == [63] * (64 - top) + [0] * top
             seen.add("cut")
     assert seen == {"small", "whole", "cut"}
 
