@@ -434,5 +434,5 @@ def test_the_command_draws_a_file_of_prompts(
     assert "3 of 3 pictures drawn, 0 were there" in said.err and "images/s" in said.err
     assert main(command) == 0 and "0 of 3 pictures drawn, 3 were there" in capsys.readouterr().err
     assert main(["generate", "--prompts", str(prompts), "--prompt", "x"]) == 2
-    assert "Did you mean '--prompts'?" in capsys.readouterr().err
+    assert "no --prompt beside it. Give one of the two." in capsys.readouterr().err
     assert json.loads((output / "manifest.jsonl").read_text().splitlines()[0])["file"] == "0003-1.png"
