@@ -5,7 +5,7 @@ counts it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -122,7 +122,7 @@ def run(output: Path, *, seeds: int = 2, on_event: OnEvent | None = None) -> Dem
     Raises:
         OutputError: If the folder cannot be made.
     """
-    from studio.api import generate_batch, save_adapter, train
+    from studio.api import save_adapter, train
     from studio.assets.builder.evaluator import judge
 
     start = time.monotonic()
@@ -138,20 +138,8 @@ def run(output: Path, *, seeds: int = 2, on_event: OnEvent | None = None) -> Dem
         result.adapter, output / f"{SUBJECT}-diffusers.safetensors", format="diffusers", overwrite=True
     )
 
-    def pictures(folder: str, adapters: dict[str | Path, float]) -> list[Path]:
-        drawn = generate_batch(
-            PROMPTS,
-            seeds=range(seeds),
-            adapters=adapters,
-            steps=STEPS,
-            batch_size=len(PROMPTS),
-            output=output / folder,
-            overwrite=True,
-            on_event=_labelled(on_event, f"drawing {folder}"),
-        )
-        return [picture.path for picture in drawn if picture.path]
-
-    without, with_adapter = pictures("without", {}), pictures("with", {result.path: 1.0})
+    without = draw(output / "without", {}, seeds=seeds, on_event=on_event)
+    with_adapter = draw(output / "with", {result.path: 1.0}, seeds=seeds, on_event=on_event)
     comparison = _comparison(output / "comparison.png", [example_pictures(SUBJECT), without, with_adapter])
     return DemoReport(
         adapter=result.path,
@@ -163,6 +151,36 @@ def run(output: Path, *, seeds: int = 2, on_event: OnEvent | None = None) -> Dem
         training_seconds=trained,
         seconds=time.monotonic() - start,
     )
+
+
+def draw(
+    folder: Path, adapters: Mapping[str | Path, float], *, seeds: int, on_event: OnEvent | None = None
+) -> list[Path]:
+    """Draw the demo's pictures into a folder and return them; those that are there already stay.
+
+    Args:
+        folder: Where to; its name is shown beside the progress.
+        adapters: Weight by adapter file.
+        seeds: Pictures of each of ``PROMPTS``.
+        on_event: Told of progress.
+    """
+    from studio.api import generate_batch
+
+    pictures = generate_batch(
+        PROMPTS,
+        seeds=range(seeds),
+        adapters=adapters,
+        steps=STEPS,
+        batch_size=len(PROMPTS),
+        output=folder,
+        overwrite=True,
+        on_event=_labelled(on_event, f"drawing {folder.name}"),
+    )
+    for _ in pictures:
+        pass  # drawn as they are asked for
+    return [
+        folder / f"{number:04}-{seed}.png" for number in range(1, len(PROMPTS) + 1) for seed in range(seeds)
+    ]
 
 
 def _labelled(on_event: OnEvent | None, label: str) -> OnEvent | None:

@@ -15,6 +15,7 @@ from PIL import Image
 import studio
 from studio.assets.builder.measure import draw
 from studio.demo import PROMPT, PROMPTS, STEPS, DemoReport, run
+from studio.demo import draw as draw_demo
 from studio.models.base import starter_path
 from studio.specs import AdapterUse, Event, GenerateSpec
 
@@ -44,6 +45,13 @@ def test_the_demo_writes_what_it_promises(report: DemoReport, events: list[Event
 def test_the_adapter_draws_the_new_subject_and_the_base_does_not(report: DemoReport) -> None:
     assert report.hits_with >= 0.6 * report.count
     assert report.hits_without <= 0.1 * report.count
+
+
+def test_pictures_of_an_earlier_demo_are_found_again(report: DemoReport) -> None:
+    folder = report.comparison.parent / "without"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    again = draw_demo(folder, {}, seeds=report.count // len(PROMPTS))
+    assert {path.name: path.stat().st_mtime_ns for path in again} == before
 
 
 @pytest.mark.parametrize("which", ["adapter", "diffusers_adapter"])
