@@ -141,6 +141,17 @@ def test_cancel_stops_a_training_and_keeps_its_adapter(
     assert (space.adapters / "dog.safetensors").is_file()
 
 
+def test_cancel_while_class_pictures_are_drawn_is_no_failure(
+    worker: Worker, space: Workspace, training: dict[str, Any]
+) -> None:
+    when_training(worker, 1, lambda: worker.store.cancel(1))
+    drawn = {"class_prompts": ["a cat"], "class_pictures": 1000, "sample_steps": 1}
+    job = run(worker, "train", training | drawn)
+    assert job.state == "cancelled" and not (space.adapters / "dog.safetensors").exists()
+    said = [event.event.message for event in worker.store.events(1) if event.event.kind == "message"]
+    assert "of 1000 are drawn and kept in" in said[-1]
+
+
 def test_leaving_in_the_middle_interrupts_the_job_so_that_it_can_be_retried(
     worker: Worker, space: Workspace, training: dict[str, Any]
 ) -> None:
