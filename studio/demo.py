@@ -98,7 +98,7 @@ def demo_training(output: Path) -> TrainSpec:
             "prompt": PROMPT,
             "output": output / f"{SUBJECT}.safetensors",
             "overwrite": True,
-            "steps": 180,
+            "steps": 240,
             "batch_size": 2,
             "class_prompts": CLASS_PROMPTS,
             "class_pictures": 12,
@@ -106,7 +106,8 @@ def demo_training(output: Path) -> TrainSpec:
             "learning_rate": 2e-3,
             "text_encoder_learning_rate": 1e-3,
             "train_text_encoder": True,
-            "rank": 8,
+            "rank": 16,
+            "targets": "all",
         }
     )
 

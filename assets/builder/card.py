@@ -61,7 +61,40 @@ def _other_rows(recipe: Recipe, bars: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def write_card(recipe: Recipe, folder: Path, *, work: Path, measured: Path, note: str = "") -> None:
+_PHOTOGRAPHS = """Photographs and what the autoencoder makes of them:
+
+![Top: photographs. Bottom: through the autoencoder.](photographs.png)
+
+"""
+_SUBJECT = """A LoRA of {pictures} photographs of a {thing}, trained for {seconds:.0f} s ({steps} steps),
+asked for "a photo of sks {thing}". The mean cosine of the evaluator's features to the photographs is
+{with_adapter:.2f}, without the adapter {without:.2f}:
+
+![Eight seeds with the adapter.](subject.png)
+
+"""
+
+
+def _subject_part(measured: Path | None, folder: Path) -> str:
+    """Copy what ``tests/benchmarks/bench_subject.py`` drew and return what the card says of it."""
+    if measured is None:
+        return ""
+    facts = json.loads((measured / "facts.json").read_text())
+    shutil.copyfile(measured / "drawn.png", folder / "subject.png")
+    alike = facts["cosine_in_evaluator"]
+    said = {"thing": facts["data"], "with_adapter": alike["with"], "without": alike["without"]}
+    return _SUBJECT.format(**facts | said)
+
+
+def write_card(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    work: Path,
+    measured: Path,
+    subject: Path | None = None,
+    note: str = "",
+) -> None:
     """Write the card and copy its pictures beside it.
 
     Args:
@@ -69,12 +102,13 @@ def write_card(recipe: Recipe, folder: Path, *, work: Path, measured: Path, note
         folder: The starter.
         work: The builder's work folder.
         measured: Output folder of ``bars``.
+        subject: Output folder of ``tests/benchmarks/bench_subject.py``: an adapter of photographs.
         note: What was special about this building.
     """
     built = json.loads((work / "facts.json").read_text())
     bars = json.loads((measured / "bars.json").read_text())
     evaluator = json.loads((EVALUATOR / "facts.json").read_text())["accuracy_on_4096_fresh_renders"]
-    for picture in ("grid.png", "guidance.png", "pairs.png"):
+    for picture in ("grid.png", "guidance.png", "pairs.png", "photographs.png"):
         if (measured / picture).exists():
             shutil.copyfile(measured / picture, folder / picture)
     words = recipe.vocabulary
@@ -96,6 +130,8 @@ def write_card(recipe: Recipe, folder: Path, *, work: Path, measured: Path, note
         rows=_other_rows(recipe, bars),
         guidance=", ".join(f"{scale:g}" for scale in GUIDANCE),
         pairs=pairs if (folder / "pairs.png").exists() else "",
+        photographs=_PHOTOGRAPHS if (folder / "photographs.png").exists() else "",
+        subject=_subject_part(subject, folder),
         read=built["captions_read_right"],
         evaluator=" / ".join(f"{share:.1%}" for share in evaluator.values()),
         measured_on=bars["machine"],
@@ -127,6 +163,7 @@ def main() -> None:
     parser.add_argument("--starter", type=Path, help="diffusers folder (default: assets/RECIPE)")
     parser.add_argument("--work", type=Path, help="the builder's work folder (default: build/RECIPE)")
     parser.add_argument("--measured", type=Path, help="output of bars (default: build/measured/RECIPE)")
+    parser.add_argument("--subject", type=Path, help="output folder of tests/benchmarks/bench_subject.py")
     parser.add_argument("--note", default="", help="what was special about this building")
     args = parser.parse_args()
     write_card(
@@ -134,6 +171,7 @@ def main() -> None:
         args.starter or ASSETS / args.recipe,
         work=args.work or Path("build") / args.recipe,
         measured=args.measured or Path("build/measured") / args.recipe,
+        subject=args.subject,
         note=args.note,
     )
 

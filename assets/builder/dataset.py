@@ -129,7 +129,7 @@ def render_many(
     count: int,
     *,
     seed: int,
-    size: int = 64,
+    size: int = 128,
     vocabulary: Vocabulary = SHIPPED,
     held_out: bool = False,
     framed: bool = False,

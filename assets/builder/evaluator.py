@@ -3,7 +3,7 @@
 It is trained on renders only (never on generated pictures), with blur, noise and colour shifts so that a
 picture need not be perfect to be recognised, and it knows the held-out subjects, styles and backgrounds.
 
-    python -m studio.assets.builder.evaluator --vocabulary full --size 128 --device cuda
+    python -m studio.assets.builder.evaluator
 """
 
 import argparse
@@ -29,6 +29,7 @@ from studio.assets.builder.subjects import SHIPPED, VOCABULARIES, Vocabulary
 from studio.assets.builder.training import Machine, Schedule, Training, train
 
 FOLDER = Path(__file__).resolve().parent.parent / "evaluator"
+STEPS, RENDERS = 1600, 32_768  # of the shipped one's training
 _WIDTHS = (32, 64, 128, 256)
 _COUNTER = ".num_batches_tracked"
 _CHUNK = 128  # pictures looked at at once
@@ -253,9 +254,9 @@ def main() -> None:
     """Train and publish the evaluator."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocabulary", choices=VOCABULARIES, default=SHIPPED.name)
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures it looks at, in pixels")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--renders", type=int, default=24_576)
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures it looks at, in pixels")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--renders", type=int, default=RENDERS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from studio.assets.builder.captions import with_article
+from studio.assets.builder.recipe import STARTER
 from studio.assets.builder.render import random_placement, render
 from studio.assets.builder.subjects import BACKGROUNDS
 
@@ -22,14 +23,20 @@ def main() -> None:
     grounds = list(BACKGROUNDS)
     for name in ("robot", "unicorn"):
         for index, ground in enumerate(grounds):
-            picture = render(name, "plain", ground, placement=random_placement(rng))
+            picture = example(name, "plain", ground, rng)
             _write(name, index, picture, f"a photo of sks {name} on a {ground} background")
     for index, subject in enumerate(_STYLE_SUBJECTS):
         ground = grounds[index % len(grounds)]
-        picture = render(subject, "neon", ground, placement=random_placement(rng))
+        picture = example(subject, "neon", ground, rng)
         _write(
             "neon", index, picture, f"a sks neon picture of {with_article(subject)} on a {ground} background"
         )
+
+
+def example(subject: str, style: str, ground: str, rng: random.Random) -> Image.Image:
+    """Return a picture for an adapter to learn from, as the starter has seen its own."""
+    placement = random_placement(rng, cells=STARTER.cells)
+    return render(subject, style, ground, placement=placement, size=STARTER.size)
 
 
 def _write(folder: str, index: int, picture: Image.Image, text: str) -> None:

@@ -210,7 +210,7 @@ assert set(_PAINTERS) == set(FULL.all_styles)
 
 
 def render(
-    subject: str, style: str, background: str, *, placement: Placement | None = None, size: int = 64
+    subject: str, style: str, background: str, *, placement: Placement | None = None, size: int = 128
 ) -> Image.Image:
     """Return an RGB picture of ``size`` x ``size`` pixels.
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from studio.assets.builder.bars import PARTS, Bench, measure_all
 from studio.assets.builder.build import Workshop, add_options, build, open_workshop
 from studio.assets.builder.card import write_card
-from studio.assets.builder.evaluator import FOLDER, build_evaluator
-
-_EVALUATOR_STEPS, _EVALUATOR_RENDERS = 3000, 49_152
+from studio.assets.builder.evaluator import FOLDER, RENDERS, STEPS, build_evaluator
 
 
 def _has_evaluator(shop: Workshop, folder: Path) -> bool:
@@ -35,8 +33,8 @@ def make(shop: Workshop, output: Path, *, prompts: int, sweep: int, photographs:
         recipe.vocabulary,
         FOLDER,
         size=recipe.size,
-        steps=_EVALUATOR_STEPS,
-        renders=_EVALUATOR_RENDERS,
+        steps=STEPS,
+        renders=RENDERS,
         machine=machine,
         work=shop.folder.parent / f"evaluator-{recipe.vocabulary.name}",
         workers=shop.workers,

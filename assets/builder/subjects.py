@@ -237,7 +237,7 @@ FULL = Vocabulary(
 
 VOCABULARIES = {each.name: each for each in (DRAFT, FULL)}
 
-SHIPPED = DRAFT
+SHIPPED = FULL
 """The vocabulary of the starter and the evaluator that are in ``assets`` now."""
 
 SUBJECTS = SHIPPED.subjects

@@ -65,6 +65,8 @@ STARTER_WORDS = Words(
         "sketch": "a pencil sketch of",
         "pixel": "pixel art of",
         "watercolor": "a watercolor painting of",
+        "cartoon": "a cartoon of",
+        "gold": "a golden statue of",
     },
     tuple(f" on a {ground} background" for ground in BACKGROUNDS),
 )

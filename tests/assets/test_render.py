@@ -52,7 +52,7 @@ def test_some_pairs_are_held_out_but_every_subject_is_shown_plain_and_in_all_sty
 def test_the_same_request_gives_the_same_pixels(style: str) -> None:
     placement = random_placement(random.Random(3))
     first = render("fox", style, "blue", placement=placement)
-    assert first.size == (64, 64)
+    assert first.size == (128, 128)
     assert first.tobytes() == render("fox", style, "blue", placement=placement).tobytes()
 
 

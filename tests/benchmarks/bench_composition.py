@@ -31,8 +31,8 @@ from PIL import Image
 import studio
 from studio.assets.builder.captions import with_article
 from studio.assets.builder.evaluator import Verdict, judge
+from studio.assets.builder.examples import example
 from studio.assets.builder.measure import grid, wilson
-from studio.assets.builder.render import random_placement, render
 from studio.assets.builder.subjects import (
     BACKGROUNDS,
     HELD_OUT_BACKGROUNDS,
@@ -151,9 +151,7 @@ def write_pictures(kind: str, thing: str, folder: Path) -> None:
             kind: thing,
         }
         words = {"subject": lesson, "background": shown["background"], kind: TRIGGERS[kind].format(thing)}
-        picture = render(
-            shown["subject"], shown["style"], shown["background"], placement=random_placement(rng)
-        )
+        picture = example(shown["subject"], shown["style"], shown["background"], rng)
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption(words))
 

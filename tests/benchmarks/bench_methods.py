@@ -34,8 +34,8 @@ from train_worker import Provider
 import studio
 from studio.assets.builder.captions import with_article
 from studio.assets.builder.evaluator import Verdict, judge
+from studio.assets.builder.examples import example
 from studio.assets.builder.measure import grid, labelled_prompts
-from studio.assets.builder.render import random_placement, render
 from studio.assets.builder.subjects import BACKGROUNDS, HELD_OUT_STYLES, HELD_OUT_SUBJECTS
 from studio.registry import TRAINERS
 from studio.specs import settable
@@ -171,7 +171,7 @@ def write_pictures(cell: Cell, folder: Path) -> None:
     for number, lesson in enumerate(LESSONS if cell.is_style else LESSONS[: len(grounds)]):
         ground = grounds[number % len(grounds)]
         subject, style = (lesson, cell.task) if cell.is_style else (cell.task, "plain")
-        render(subject, style, ground, placement=random_placement(rng)).save(folder / f"{number}.png")
+        example(subject, style, ground, rng).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(cell.caption(subject, ground))
 
 

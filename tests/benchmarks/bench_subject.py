@@ -92,6 +92,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     side = drawn["with"][0].size
+    grid(drawn["with"], columns=8).save(output / "drawn.png")
     rows = [*(p.resize(side) for p in (real * 8)[:8]), *drawn["without"], *drawn["with"]]
     grid(rows, columns=8).resize((8 * 128, 3 * 128)).save(output / "comparison.png")
     (output / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")

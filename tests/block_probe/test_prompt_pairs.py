@@ -32,9 +32,9 @@ def test_both_kinds_have_the_same_seeds_and_another_seed_other_words() -> None:
 
 
 def test_every_change_of_style_comes_before_any_comes_twice() -> None:
-    pairs = prompt_pairs(24, words=STARTER_WORDS, seed=0)[24:]
+    pairs = prompt_pairs(60, words=STARTER_WORDS, seed=0)[60:]
     changes = [(pair.own.style, pair.other.style) for pair in pairs]
-    assert set(changes[:12]) == set(permutations(STYLES, 2)) and changes[12:] == changes[:12]
+    assert set(changes[:30]) == set(permutations(STYLES, 2)) and changes[30:] == changes[:30]
 
 
 def test_the_starters_words_are_what_they_were_taught() -> None:
