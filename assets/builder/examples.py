@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def example(subject: str, style: str, ground: str, rng: random.Random) -> Image.Image:
-    """Return a picture for an adapter to learn from, as the starter has seen its own."""
-    placement = random_placement(rng, cells=STARTER.cells)
+    """Return a picture for an adapter to learn from, on the starter's grid and as large as it gets."""
+    placement = random_placement(rng, cells=STARTER.cells, large=True)
     return render(subject, style, ground, placement=placement, size=STARTER.size)
 
 

@@ -27,7 +27,7 @@ class Placement:
     mirror: bool = False
 
 
-def random_placement(rng: random.Random, *, cells: int | None = None) -> Placement:
+def random_placement(rng: random.Random, *, cells: int | None = None, large: bool = False) -> Placement:
     """Draw a placement with moderate jitter, so that a small model can learn shapes in few samples.
 
     Args:
@@ -35,10 +35,11 @@ def random_placement(rng: random.Random, *, cells: int | None = None) -> Placeme
         cells: Align the subject to a grid of so many cells to a side, and never mirror it. Where the cells
             are an autoencoder's patches, a subject gives the same latents wherever it sits: far fewer to
             learn.
+        large: With ``cells``, the largest size alone.
     """
     if cells:
         margins = [width for width in range(1, cells) if _SIDES[0] <= 1 - 2 * width / cells <= _SIDES[1]]
-        margin = rng.choice(margins)
+        margin = min(margins) if large else rng.choice(margins)
         # One cell of background stays at every border.
         dx, dy = (rng.randint(1 - margin, margin - 1) / cells for _ in range(2))
         return Placement(1 - 2 * margin / cells, dx, dy)
