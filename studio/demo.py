@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from studio.errors import OutputError
+from studio.presets import preset
 from studio.specs import Event, OnEvent, TrainSpec
 
 if TYPE_CHECKING:
@@ -93,24 +94,17 @@ def demo_training(output: Path) -> TrainSpec:
     """Return the demo's training run."""
     return TrainSpec.model_validate(
         {
+            **preset("starter"),
             "base": "starter",
             "data": example_folder(SUBJECT),
             "prompt": PROMPT,
             "output": output / f"{SUBJECT}.safetensors",
             "overwrite": True,
+            # As many pictures again are the class's in every step.
             "steps": 160,
-            "batch_size": 2,
-            # High noise decides the shape, which is what is new.
-            "debiased": True,
-            "min_snr_gamma": None,
             "class_prompts": CLASS_PROMPTS,
             "class_pictures": 12,
             "sample_steps": STEPS,
-            "learning_rate": 2.5e-3,
-            "text_encoder_learning_rate": 1e-3,
-            "train_text_encoder": True,
-            "rank": 16,
-            "targets": "all",
         }
     )
 

@@ -65,12 +65,13 @@ class Form:
 
     Args:
         spec_type: The specification.
-        start: Values that differ from the defaults when the page opens.
+        start: Values that differ from the defaults when the page opens, options of its method among them.
     """
 
     def __init__(self, spec_type: type[MethodSpec], start: Mapping[str, Any]) -> None:
         self.spec_type = spec_type
         self.start = start
+        self._first = str(start.get("method", spec_type.model_fields["method"].default))
         self.fields: list[Field] = []
         self._groups: dict[str, list[Any]] = {}
         self._about: Any = None
@@ -118,7 +119,6 @@ class Form:
             container: What holds the options of one method.
             min_width: Pixels of a field; ``looks`` goes to its component.
         """
-        chosen = self.start.get("method", self.spec_type.model_fields["method"].default)
         for method in self.spec_type.registry.names():
             options = self.spec_type.registry[method].Options
             placed = {field.name for field in self.fields if field.method == method}
@@ -127,7 +127,7 @@ class Form:
             if not names:
                 continue
             with container(
-                visible=method == chosen,
+                visible=method == self._first,
                 elem_classes="fields",
                 **({"min_width": min_width} if container is gr.Column else {}),
             ) as group:
@@ -137,8 +137,7 @@ class Form:
 
     def add_about(self) -> None:
         """Place a line that says what the chosen method does."""
-        method = self.start.get("method", self.spec_type.model_fields["method"].default)
-        self._about = gr.HTML(self._described(method), elem_classes="about")
+        self._about = gr.HTML(self._described(self._first), elem_classes="about")
 
     def show_with(self, method: str, group: Any) -> None:
         """Show another part of the page while a method is chosen."""
@@ -188,7 +187,8 @@ class Form:
 
     def _place(self, model: type[BaseModel], name: str, method: str | None, looks: Mapping[str, Any]) -> Any:
         schema = _schema(model, name) or {}
-        shown = dict(schema, default=self.start.get(name, schema.get("default")))
+        start = self.start if method in (None, self._first) else {}
+        shown = dict(schema, default=start.get(name, schema.get("default")))
         layout = _LAYOUTS.get(schema.get("type", ""), "plain")
         component = _component(name, shown, _choices(self.spec_type, name), looks)
         self.fields.append(Field(name, method, bool(schema.get("nullable")), layout, component))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studio.presets import preset, presets
-from studio.specs import TrainSpec, parse_spec
+from studio.specs import TrainSpec, parse_spec, settable
 from studio.ui.forms import Values
 
 START: Values = {
@@ -13,11 +13,7 @@ START: Values = {
     # For a retry after the worker was killed; on a stop and on most errors a checkpoint is written anyway.
     "checkpoint_every": 100,
 }
-DEMO: Values = {"steps": 200, "batch_size": 4, "learning_rate": 2e-3}
-"""More of what the page opens with, right for ``DEMO_ON`` alone."""
 DEMO_ON = {"base": "starter", "method": "lora"}
-USUAL: Values = {name: TrainSpec.model_fields[name].default for name in DEMO}
-"""What stands in their places for any other base or method; an empty rate is the method's own."""
 _NOWHERE = {"data": "pictures", "output": "adapter.safetensors"}
 
 
@@ -31,6 +27,18 @@ def is_demo(base: str, method: str) -> bool:
     return {"base": base, "method": method} == DEMO_ON
 
 
+def _values(request: Mapping[str, Any]) -> Values:
+    """Return a request's values as they are meant, those of the method's options among them."""
+    values = parse_spec(TrainSpec, {**request, **_NOWHERE}).model_dump()
+    return values | values.pop("options")
+
+
+DEMO: Values = {name: _values(preset("starter"))[name] for name in preset("starter") if name != "method"}
+"""More of what the page opens with, right for ``DEMO_ON`` alone."""
+USUAL: Values = {name: settable(TrainSpec, DEMO_ON["method"])[name].default for name in DEMO}
+"""What stands in their places for any other base or method; an empty rate is the method's own."""
+
+
 def preset_values(names: list[str], base: str) -> Values:
     """Return values for all fields that any preset sets: those of these presets, else as on a new page.
 
@@ -39,9 +47,8 @@ def preset_values(names: list[str], base: str) -> Values:
         SpecError: If the presets do not go together.
     """
     chosen = preset(*names)
-    demo = DEMO if is_demo(base, method_of(chosen)) else {}
-    spec = parse_spec(TrainSpec, {**START, **demo, **chosen, **_NOWHERE})
-    values = spec.model_dump()
-    values |= values.pop("options")
+    # One that names a method is for a task, and says all of it.
+    demo = DEMO if "method" not in chosen and is_demo(base, method_of({})) else {}
+    values = _values({**START, **demo, **chosen})
     touched = {name for each in presets() for name in preset(each)}
     return {name: value for name, value in values.items() if name in touched}

@@ -14,7 +14,7 @@ from studio.specs import TrainSpec, parse_spec
 from studio.specs.train import own_rate
 from studio.trainers.run_folder import RunFolder
 from studio.ui.follow import Follower, Story, notice
-from studio.ui.forms import Form, Values, folded
+from studio.ui.forms import Field, Form, Values, folded
 from studio.ui.panel import Panel
 from studio.ui.pictures import PICTURES, captioned, example_set, keep_uploads
 from studio.ui.train_start import DEMO, DEMO_ON, START, USUAL, is_demo, method_of, preset_values
@@ -61,7 +61,7 @@ class TrainTab:
             outputs=[self.presets, self.panel.message, self.settled, *self.form.components],
             **quiet,
         )
-        demo = [components[name] for name in DEMO]
+        demo = [field.component for field in self._demo_fields]
         # The user's choices alone: what a preset or an earlier training fills in is meant as it is.
         gr.on(
             [base.input, method.input],
@@ -117,16 +117,22 @@ class TrainTab:
         """
         old, new = (USUAL, DEMO) if is_demo(base, method) else (DEMO, USUAL)
         unlike = own_rate({"method": before}) != own_rate({"method": method})
-        fields = {field.name: field for field in self.form.fields if field.method is None}
         return [
             method,
             *(
-                gr.update(value=fields[name].write(new[name]))
-                if value == fields[name].write(old[name]) or (unlike and name == "learning_rate")
+                gr.update(value=field.write(new[field.name]))
+                if value == field.write(old[field.name]) or (unlike and field.name == "learning_rate")
                 else gr.skip()
-                for name, value in zip(DEMO, shown, strict=True)
+                for field, value in zip(self._demo_fields, shown, strict=True)
             ),
         ]
+
+    @property
+    def _demo_fields(self) -> list[Field]:
+        """The fields that ``DEMO`` fills in."""
+        own = (None, DEMO_ON["method"])
+        fields = {field.name: field for field in self.form.fields if field.method in own}
+        return [fields[name] for name in DEMO]
 
     def show_own_rate(self, *values: Any) -> Any:
         """Return an update that shows in the empty field which learning rate is the method's own."""

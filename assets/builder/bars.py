@@ -163,7 +163,8 @@ def measure_autoencoder(bench: Bench, pipe: Any) -> dict[str, Any]:
     through = reconstruct(pipe.vae, pixels)
     both = [to_unit(pixels)[:12], through[:12].clamp(-1, 1)]
     rows = [_picture(each) for part in both for each in part]
-    grid(rows, columns=min(12, len(files))).save(bench.output / "photographs.png")
+    sheet = grid(rows, columns=min(12, len(files))).quantize(256)
+    sheet.save(bench.output / "photographs.png", optimize=True)
     return found | {"photographs": round(psnr(through, to_unit(pixels)), 2), "count": len(files)}
 
 

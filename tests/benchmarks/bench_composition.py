@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_train_cost import machine
 from methods_tables import FOLDER, filled, markdown, measured_on
-from PIL import Image
+from PIL import Image, ImageOps
 
 import studio
 from studio.assets.builder.captions import with_article
@@ -40,38 +40,33 @@ from studio.assets.builder.subjects import (
     HELD_OUT_SUBJECTS,
 )
 from studio.errors import CompositionError
+from studio.presets import preset
 from studio.registry import COMPOSERS
 
 RESULTS = FOLDER / "composition.jsonl"
 LESSONS = ("fox", "owl", "apple", "rocket", "turtle", "guitar", "house", "butterfly")
 """Subjects of the pictures that styles and backgrounds are learned from."""
 TRIGGERS = {"subject": "sks {0}", "style": "zwx {0}", "background": "qvb {0}"}
-TRAINING = {
-    "steps": 200,
-    "batch_size": 2,
-    "learning_rate": 2.5e-3,
-    "text_encoder_learning_rate": 1e-3,
-    "train_text_encoder": True,
-    "rank": 16,
-    "targets": "all",
-    "debiased": True,
-    "min_snr_gamma": None,
-}
-"""The demo's, without its class pictures."""
 STEPS = 20
-METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "merge": ("merge", {}),
-    "merge: ties": ("merge", {"how": "ties"}),
-    "merge: lego": ("merge", {"how": "lego"}),
-    "switch": ("switch", {"switch_every": 1}),
-    "w-switch": ("w-switch", {"switch_every": 2, "final_steps": 2}),
-    "composite": ("composite", {}),
-    "composite: own text": ("composite", {"text_encoder_policy": "own"}),
-    "w-composite": ("w-composite", {}),
-    "klora": ("klora", {}),
-    "cmlora": ("cmlora", {}),
+METHODS: dict[str, tuple[str, Mapping[str, Any], float]] = {
+    "merge": ("merge", {}, 1.0),
+    "merge: ties": ("merge", {"how": "ties"}, 1.0),
+    "merge: lego": ("merge", {"how": "lego"}, 1.0),
+    "switch": ("switch", {"switch_every": 1}, 1.0),
+    "switch at 1.5": ("switch", {"switch_every": 1}, 1.5),
+    "w-switch": ("w-switch", {"switch_every": 2, "final_steps": 2}, 1.0),
+    "composite": ("composite", {}, 1.0),
+    "composite at 1.5": ("composite", {}, 1.5),
+    "composite: own text": ("composite", {"text_encoder_policy": "own"}, 1.0),
+    "w-composite": ("w-composite", {}, 1.0),
+    "klora": ("klora", {}, 1.0),
+    "cmlora": ("cmlora", {}, 1.0),
 }
-"""Rows of the table: a method and its options. Turns are short because runs are (20 steps)."""
+"""Rows of the table: a method, its options, and the weight of every adapter.
+
+Turns are short because runs are (20 steps). What acts for a part of the time or of the answer is tried at a
+higher weight, too.
+"""
 
 SUBJECTS = [("subject", subject.name) for subject in HELD_OUT_SUBJECTS]
 STYLES = [("style", style) for style in HELD_OUT_STYLES]
@@ -167,7 +162,7 @@ def trained(kind: str, thing: str, work: Workplace) -> Path:
         write_pictures(kind, thing, work.folder / "data" / thing)
         studio.train(
             studio.TrainSpec.model_validate(
-                TRAINING
+                preset("starter")
                 | {
                     "base": work.base,
                     "data": work.folder / "data" / thing,
@@ -208,7 +203,7 @@ def strangers(chosen: Set) -> tuple[str, ...]:
 
 def draw(chosen: Set, row: str, seeds: Sequence[int], work: Workplace) -> dict[str, Any]:
     """Draw and judge one set with one method; return its line of the results and leave its pictures."""
-    method, options = METHODS.get(row, ("merge", {}))
+    method, options, weight = METHODS.get(row, METHODS["merge"])
     paths = [] if row == "base" else [trained(kind, thing, work) for kind, thing in chosen.adapters]
     pipe = studio.load_base(work.base, device=work.device)
     adapters = {path.stem: studio.load_adapter(path, base=pipe) for path in paths}
@@ -216,7 +211,8 @@ def draw(chosen: Set, row: str, seeds: Sequence[int], work: Workplace) -> dict[s
         words = {f"{kind}-{thing}": TRIGGERS[kind].format(thing) for kind, thing in chosen.adapters}
         options = {**options, "triggers": words}
     start, pictures = time.process_time(), []
-    with studio.compose(pipe, adapters, method=method, options=options) as composition:
+    weights = dict.fromkeys(adapters, weight)
+    with studio.compose(pipe, adapters, weights=weights, method=method, options=options) as composition:
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             pictures += pipe(chosen.prompt(), num_inference_steps=STEPS, generator=generator).images
@@ -238,7 +234,7 @@ def score(chosen: Set, seen: Verdict) -> dict[str, bool]:
 
 def cells(full: bool) -> Iterator[tuple[Set, str]]:
     """Go through sets and methods, a set with all methods before the next; first each adapter alone."""
-    rows = ["base", *(row for row, (method, _) in METHODS.items() if method in COMPOSERS.names())]
+    rows = ["base", *(row for row, (method, *_) in METHODS.items() if method in COMPOSERS.names())]
     chosen = sets(full)
     alone = itertools.product(singles(chosen), ["base", "merge"])
     return itertools.chain(alone, itertools.product(chosen, rows))
@@ -263,7 +259,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         own = [line for line in lines if line["size"] == size]
         rows = [
             summary(row, [line for line in own if line["row"] == row])
-            for row in dict.fromkeys(line["row"] for line in own)
+            for row in ("base", *METHODS)
+            if any(line["row"] == row for line in own)
         ]
         count = sum(len(line.get("right", ())) for line in own if line["row"] == "base")
         adapters = "1 adapter" if size == 1 else f"{size} adapters"
@@ -320,7 +317,9 @@ def sheet(full: bool, seed: int, work: Path, path: Path) -> None:
     chosen = sets(full)
     rows = ["base", *METHODS]
     tiles = [
-        Image.open(work / f"{row}-{each.name}-{seed}.png".replace(": ", "-")).convert("RGB")
+        ImageOps.contain(
+            Image.open(work / f"{row}-{each.name}-{seed}.png".replace(": ", "-")).convert("RGB"), (96, 96)
+        )
         for row in rows
         if all((work / f"{row}-{each.name}-{seed}.png".replace(": ", "-")).is_file() for each in chosen)
         for each in chosen

@@ -17,7 +17,7 @@ from studio.presets import preset, presets
 from studio.specs import TrainSpec, parse_spec
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "presets"
-TASKS, CARDS = ("subject", "style", "b-lora", "sara"), ("8gb", "12gb")
+TASKS, CARDS, OWN = ("subject", "style", "b-lora", "sara"), ("8gb", "12gb"), ("starter",)
 NEEDED = {"data": "pictures", "output": "a.safetensors"}
 # bitsandbytes quantises on any device, but keeps 8-bit moments on GPUs only.
 ON_CPU = {"optimizer": "adamw"}
@@ -31,7 +31,7 @@ def tiny_xl(tiny_sdxl: Callable[[], Any], tmp_path_factory: pytest.TempPathFacto
 
 
 def test_there_is_one_for_each_task_and_each_size_of_card() -> None:
-    assert set(presets()) == {*TASKS, *CARDS}
+    assert set(presets()) == {*TASKS, *CARDS, *OWN}
     for name, purpose in presets().items():
         assert purpose[0].isupper() and purpose[-1] == "." and len(purpose) <= 110, name
 
@@ -152,7 +152,7 @@ def test_flags_win_over_the_config_which_wins_over_presets(
 
 def test_unknown_presets_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--preset", "subjct", "--data", "a", "--output", "a.safetensors"]) == 2
-    text = "unknown preset 'subjct'. Did you mean 'subject'? Known: 12gb, 8gb, b-lora, sara, style, subject."
+    text = "unknown preset 'subjct'. Did you mean 'subject'? Known: 12gb, 8gb, b-lora, sara, starter, style, subject."
     assert text in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"unknown preset '\.\./starter/x'"):
         studio.preset("../starter/x")

@@ -37,7 +37,7 @@ def filled(tab: TrainTab, *choices: list[str], **typed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("names", [[name] for name in presets()] + [["8gb", "subject"]], ids="-".join)
 def test_a_chosen_preset_stands_in_the_form(tab: TrainTab, names: list[str]) -> None:
     request = {**filled(tab, names), "data": "a", "output": Path("a.safetensors")}
-    start = {} if preset(*names).get("method") else START | DEMO
+    start = {} if "method" in preset(*names) else START | DEMO
     wanted = parse_spec(TrainSpec, {**start, **preset(*names), "data": "a", "output": "a.safetensors"})
     spec = parse_spec(TrainSpec, request)
     for name in preset(*names):
@@ -65,32 +65,42 @@ def test_the_choice_says_what_each_is_for(tab: TrainTab) -> None:
     assert tab.fill(["8gb", "style"], "starter")[0]["info"] == f"{presets()['8gb']} {presets()['style']}"
 
 
-def test_the_page_opens_with_the_demo(tab: TrainTab) -> None:
-    spec = parse_spec(TrainSpec, filled(tab) | {"data": "a", "output": "a.safetensors"})
-    assert (spec.base, spec.method, spec.steps, spec.batch_size, spec.learning_rate) == (
-        "starter", "lora", 200, 4, 2e-3,
-    )  # fmt: skip
+def test_the_page_opens_with_the_starters_preset(tab: TrainTab) -> None:
+    needed = {"data": "a", "output": "a.safetensors"}
+    spec = parse_spec(TrainSpec, filled(tab) | needed)
+    assert spec == parse_spec(TrainSpec, {**START, **preset("starter"), "base": "starter", **needed})
+
+
+def settled(tab: TrainTab, base: str, method: str, before: str, shown: list[Any]) -> list[Any]:
+    """Return what stands in the demo's fields after another base or method was chosen."""
+    _, *updates = tab.settle(base, method, before, *shown)
+    return [update.get("value", value) for update, value in zip(updates, shown, strict=True)]
 
 
 @pytest.mark.parametrize("method", sorted(TRAINERS))
 def test_what_the_demo_trains_with_is_for_no_other_base_or_method(tab: TrainTab, method: str) -> None:
     given = {"data": "a", "output": "a.safetensors", "prompt": "a photo of sks robot", "sample_every": 50}
+    fields = {field.name: field for field in tab.form.fields if field.method in (None, "lora")}
+    opened = [fields[name].component.value for name in DEMO]
     for base in ("starter", "my/sdxl"):
         if (base, method) == ("starter", "lora"):
             continue
-        settled, steps, batch_size, rate = tab.settle(base, method, "lora", 200, 4, "0.002")
-        typed = {"steps": steps["value"], "batch_size": batch_size["value"], "learning_rate": rate["value"]}
-        request = filled(tab, base=base, method=method, **typed) | given
+        shown = settled(tab, base, method, "lora", opened)
+        typed = dict(zip((fields[name].component for name in DEMO), shown, strict=True))
+        chosen = {fields["base"].component: base, fields["method"].component: method} | typed
+        values = [chosen.get(field.component, field.component.value) for field in tab.form.fields]
         plain = given | {"base": base, "method": method, "checkpoint_every": 100}
-        assert parse_spec(TrainSpec, request) == parse_spec(TrainSpec, plain)
-        back = tab.settle("starter", "lora", settled, *typed.values())
-        assert [update["value"] for update in back[1:]] == [200, 4, "0.002"]
+        assert parse_spec(TrainSpec, tab.form.read(values) | given) == parse_spec(TrainSpec, plain)
+        assert settled(tab, "starter", "lora", method, shown) == opened
 
 
 def test_typed_values_stay_but_a_rate_for_a_method_with_another_one_of_its_own(tab: TrainTab) -> None:
-    assert tab.settle("my/sdxl", "dora", "lora", 900, 1, "0.0001") == ["dora", *[gr.skip()] * 3]
-    *others, rate = tab.settle("my/sdxl", "full", "dora", 900, 1, "0.0001")
-    assert others == ["full", gr.skip(), gr.skip()] and rate["value"] == ""
+    names = list(DEMO)
+    typed = ["typed"] * len(names)
+    rate = names.index("learning_rate")
+    assert settled(tab, "my/sdxl", "dora", "lora", typed) == typed
+    now = settled(tab, "my/sdxl", "full", "dora", typed)
+    assert now[rate] == "" and now[:rate] + now[rate + 1 :] == typed[1:]
     assert tab.fill(["b-lora"], "my/sdxl")[2] == "b-lora", "whose rate the preset gives"
 
 
@@ -98,7 +108,7 @@ def test_presets_without_a_rate_leave_it_to_the_method_but_for_the_demo(tab: Tra
     names = [field.name for field in tab.form.fields]
     rate = names.index("learning_rate") + 3
     assert tab.fill(["8gb"], "my/sdxl")[rate]["value"] == ""
-    assert tab.fill(["8gb"], "starter")[rate]["value"] == "0.002"
+    assert tab.fill(["8gb"], "starter")[rate]["value"] == "0.0025"
     assert tab.fill([], "my/sdxl")[rate]["value"] == ""
 
 
