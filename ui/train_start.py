@@ -29,11 +29,13 @@ def is_demo(base: str, method: str) -> bool:
 
 def _values(request: Mapping[str, Any]) -> Values:
     """Return a request's values as they are meant, those of the method's options among them."""
-    values = parse_spec(TrainSpec, {**request, **_NOWHERE}).model_dump()
-    return values | values.pop("options")
+    values: Values = parse_spec(TrainSpec, {**request, **_NOWHERE}).model_dump()
+    values |= values.pop("options")
+    return values
 
 
-DEMO: Values = {name: _values(preset("starter"))[name] for name in preset("starter") if name != "method"}
+_ITS_OWN = preset("starter").keys() - {"method"}
+DEMO: Values = {name: value for name, value in _values(preset("starter")).items() if name in _ITS_OWN}
 """More of what the page opens with, right for ``DEMO_ON`` alone."""
 USUAL: Values = {name: settable(TrainSpec, DEMO_ON["method"])[name].default for name in DEMO}
 """What stands in their places for any other base or method; an empty rate is the method's own."""

@@ -47,7 +47,7 @@ def test_training_is_that_of_the_network_itself(tiny_sd: Factory) -> None:
     ]
     for value in known.values():
         value.requires_grad_(True)
-    own = torch.optim.AdamW(groups, weight_decay=0.1)
+    own = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
     before = {name: find_parameter(components_of(pipe), name).detach().clone() for name in known}
     trainer = TRAINERS["full"]()
     with borrowed(pipe, device=torch.device("cpu"), dtype=torch.float32):
